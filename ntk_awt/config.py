@@ -1,0 +1,347 @@
+"""Typed settings of a run: one frozen dataclass a stage, TOML in and out, a hash to name the run.
+
+The dataclasses are the only place where a setting is declared: the command line, `config.toml` and
+the run folder's name are all made from them. Names that select an implementation (data set, model,
+threat model, solver, optimiser) are checked by the registry that holds it, whose error lists them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from tyro.conf import arg
+
+from ntk_awt.errors import InputError, check_number, choose
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are split."""
+
+    name: Annotated[str, arg(name="data")] = "digits"
+    """digits, mnist, fashion_mnist, cifar10, a FILE.npz, or hub:NAME (needs `datasets`)."""
+    data_dir: Path | None = field(default=None, metadata={"hash": False})
+    """Folder of the data files; else the environment variable NTK_AWT_DATA (or its sub-folder)."""
+    train_size: int | None = None
+    """Use only that many training images, drawn with the seed; all of them if not set."""
+    test_size: int | None = None
+    """Use only that many test images, drawn with the seed; all of them if not set."""
+    validation_fraction: float = 0.1
+    """Part of the training images set aside for validation, in (0, 1)."""
+
+    def __post_init__(self):
+        for name in ("train_size", "test_size"):
+            if (size := getattr(self, name)) is not None:
+                check_number(name, size, low=1)
+        check_number(
+            "validation_fraction", self.validation_fraction, low=0, high=0.9, low_open=True
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The dense network."""
+
+    name: Annotated[str, arg(name="model")] = "mlp"
+    """mlp, lenet5 or conv4."""
+    widths: tuple[int, ...] = (300, 100)
+    """Hidden widths of the MLP, in units; the convolutional models have their published ones."""
+    activation: str = "relu"
+    """relu, gelu, erf or tanh."""
+    parametrization: str = "standard"
+    """standard (the scale is in the weights) or ntk (the scale is in the forward pass)."""
+    weight_std: float = 2.0**0.5
+    """σ_w: pre-activations have variance σ_w²·(mean square input) at initialisation."""
+    bias_std: float = 0.1
+    """σ_b: standard deviation of the bias term at initialisation."""
+
+    def __post_init__(self):
+        for width in self.widths:
+            check_number("widths", width, low=1)
+        check_number("weight_std", self.weight_std, low=0, low_open=True)
+        check_number("bias_std", self.bias_std, low=0)
+        choose("parametrization", self.parametrization, ("standard", "ntk"))
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How many weights are kept, and where."""
+
+    density: float = 0.05
+    """Kept share of all prunable weights, in (0, 1]; biases are always kept."""
+    allocation: str = "erk"
+    """Density of each layer: uniform, erk or global."""
+    gain: str = "energy"
+    """energy (the norm of each layer's weights is preserved) or none."""
+
+    def __post_init__(self):
+        check_number("density", self.density, low=0, high=1, low_open=True)
+        choose("gain", self.gain, ("energy", "none"))
+
+
+@dataclass(frozen=True)
+class ThreatConfig:
+    """What the adversary may do to an image."""
+
+    name: Annotated[str, arg(name="threat")] = "linf"
+    """linf or l2."""
+    epsilon: float = 0.1
+    """Radius of the ball, in units of the pixel range [0, 1]."""
+
+    def __post_init__(self):
+        check_number("epsilon", self.epsilon, low=0)
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """PGD inside training and inside the ticket search."""
+
+    attack_steps: int = 10
+    """Gradient steps of PGD while training."""
+    attack_step_ratio: float = 2.5
+    """Step size of PGD = ratio · ε / steps (for training and evaluation)."""
+
+    def __post_init__(self):
+        check_number("attack_steps", self.attack_steps, low=0)
+        check_number("attack_step_ratio", self.attack_step_ratio, low=0, low_open=True)
+
+
+@dataclass(frozen=True)
+class TicketConfig:
+    """The search for the ticket at initialisation."""
+
+    solver: str = "awt"
+    """awt: optimise the kept weights on adversarial inputs."""
+    ticket_steps: int = 300
+    """Optimiser steps of the search."""
+    ticket_learning_rate: float = 1e-3
+    """Adam's peak step size; it follows a cosine to zero."""
+    ticket_batch_size: int = 32
+    """Images a step; the kernel of a step is [batch, batch, classes, classes]."""
+    kernel_weight: float = 1.0
+    """λ: weight of the kernel distance against the target distance."""
+    distance: str = "relative"
+    """relative (each squared distance over its dense norm) or absolute (β² + λα²)."""
+    jacobian: str = "masked"
+    """masked (pruned weights never move) or full (Neural Tangent Transfer's convention)."""
+    reselect_every: int = 0
+    """Re-select the mask by magnitude with regrowth every that many steps; 0 keeps the mask."""
+    reselect_fraction: float = 0.1
+    """Share of each layer's kept weights that one re-selection may replace, in (0, 1]."""
+    ticket_records: int = 10
+    """How often both distances are recorded on the held-out batch, evenly spaced."""
+
+    def __post_init__(self):
+        check_number("ticket_steps", self.ticket_steps, low=1)
+        check_number("ticket_learning_rate", self.ticket_learning_rate, low=0, low_open=True)
+        check_number("ticket_batch_size", self.ticket_batch_size, low=1)
+        check_number("kernel_weight", self.kernel_weight, low=0)
+        check_number("reselect_every", self.reselect_every, low=0)
+        check_number("reselect_fraction", self.reselect_fraction, low=0, high=1, low_open=True)
+        check_number("ticket_records", self.ticket_records, low=1)
+        choose("distance", self.distance, ("relative", "absolute"))
+        choose("jacobian", self.jacobian, ("masked", "full"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of every network of the run, all with the same settings and batches."""
+
+    loss: str = "adversarial"
+    """adversarial, natural or trades."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images a step; the last incomplete batch of an epoch is dropped."""
+    optimizer: str = "adam"
+    """sgd, momentum, adam or adamw (from Optax)."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """constant, or cosine down to zero."""
+    weight_decay: float = 0.0
+    """Coefficient of weight decay: decoupled in adamw, an L2 penalty in the others."""
+    trades_beta: float = 6.0
+    """Weight of the robust term of TRADES."""
+
+    def __post_init__(self):
+        check_number("epochs", self.epochs, low=1)
+        check_number("batch_size", self.batch_size, low=1)
+        check_number("learning_rate", self.learning_rate, low=0, low_open=True)
+        check_number("weight_decay", self.weight_decay, low=0)
+        check_number("trades_beta", self.trades_beta, low=0)
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What is recorded of the dynamics."""
+
+    probe_size: int = 16
+    """Validation images of the fixed probe set; each enters clean and with a fixed perturbation."""
+    records_per_epoch: int = 1
+    """How often an epoch outputs and kernels on the probe set are recorded."""
+
+    def __post_init__(self):
+        check_number("probe_size", self.probe_size, low=1)
+        check_number("records_per_epoch", self.records_per_epoch, low=1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The evaluation on the test images."""
+
+    evaluation_steps: int = 40
+    """Gradient steps of PGD."""
+    evaluation_restarts: int = 1
+    """Random restarts of PGD; the point of highest loss among all of them counts."""
+
+    def __post_init__(self):
+        check_number("evaluation_steps", self.evaluation_steps, low=0)
+        check_number("evaluation_restarts", self.evaluation_restarts, low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run."""
+
+    networks: tuple[str, ...] = field(
+        default=("dense", "ticket", "random"), metadata={"hash": False}
+    )
+    """What to train and compare: dense, ticket, random, magnitude, or a saved ticket's FILE."""
+    seed: int = 0
+    """Seed of every random draw of the run."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    threat: ThreatConfig = field(default_factory=ThreatConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    ticket: TicketConfig = field(default_factory=TicketConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        check_number("seed", self.seed, low=0, high=2**32 - 1)
+        if "dense" not in self.networks:
+            raise InputError(
+                "networks",
+                expected="dense among them",
+                got=", ".join(self.networks) or "nothing",
+                fix="every other network is compared with the dense one",
+            )
+        if len(set(self.networks)) != len(self.networks):
+            raise InputError("networks", expected="each once", got=", ".join(self.networks))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain TOML/JSON values; settings that are not set are left out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: plain(item) for name, item in items if item is not None}
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "config") -> Any:
+    """A config from plain values; what is missing takes its default.
+
+    Raises:
+        InputError: an unknown name (the error lists the known ones) or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise InputError(where, expected="a table of settings", got=repr(values))
+    fields = typing.get_type_hints(cls)
+    for name in values:
+        choose(f"setting in {where}", name, fields)
+    return cls(**{name: _convert(v, fields[name], f"{where}.{name}") for name, v in values.items()})
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` as a `kind`: a dataclass, str, int, float, Path, tuple[T, ...] or T | None."""
+    if dataclasses.is_dataclass(kind):
+        return from_dict(value, typing.cast(type, kind), where)
+    if isinstance(kind, types.UnionType):  # T | None; TOML has no null, so a value is a T
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        item = typing.get_args(kind)[0]
+        return tuple(_convert(v, item, where) for v in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(kind, type) or type(value) is not kind:
+        name = getattr(kind, "__name__", str(kind))
+        raise InputError(where, expected=f"a value of type {name}", got=repr(value))
+    return value
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write `config` as TOML."""
+    path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+
+
+def load(path: Path) -> RunConfig:
+    """Read a TOML config.
+
+    Raises:
+        InputError: the file is missing, is not TOML, or holds unknown or ill-typed settings.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path}", expected="a TOML file", got=str(error)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path}", expected="valid TOML", got=str(error)) from None
+    return from_dict(values, where=path.name)
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide each network's numbers, flat: `{"train.epochs": 20, …}`.
+
+    Left out are the data folder, and the list of networks: one more can join a finished run.
+    """
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, prefix: str) -> None:
+        for f in dataclasses.fields(value):
+            item = getattr(value, f.name)
+            if dataclasses.is_dataclass(item):
+                walk(item, f"{prefix}{f.name}.")
+            elif f.metadata.get("hash", True):
+                flat[prefix + f.name] = list(item) if isinstance(item, tuple) else item
+
+    walk(config, "")
+    return flat
+
+
+def digest(config: RunConfig) -> str:
+    """Eight hexadecimal digits that depend on `identity(config)` only, on every machine.
+
+    Example:
+        >>> digest(RunConfig()) == digest(RunConfig(data=DataConfig(data_dir=Path("elsewhere"))))
+        True
+        >>> digest(RunConfig()) == digest(RunConfig(seed=1))
+        False
+    """
+    plain = from_dict(to_dict(config))  # 1 and 1.0 are the same setting
+    text = json.dumps(identity(plain), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(config: RunConfig) -> str:
+    """Name of the run's folder: what a reader wants to see first, then the digest."""
+    data = Path(config.data.name).name.replace(":", "-")
+    threat = f"{config.threat.name}-{config.threat.epsilon:g}"
+    return f"{data}-{config.model.name}-{config.mask.density:g}-{threat}-{digest(config)}"

@@ -1,0 +1,132 @@
+"""Input checks: what was expected, what was got, what to change. Imports nothing of ours."""
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class InputError(Exception):
+    """Bad input from the user: one line, `expected …, got …`, and what to change.
+
+    The command line prints it without a traceback and exits with code 2.
+
+    Args:
+        what: the thing that is wrong, named as the user knows it.
+        expected: what would have been right.
+        got: what was there.
+        fix: what to change, if it is not obvious.
+    """
+
+    def __init__(self, what: str, *, expected: str, got: str, fix: str = ""):
+        super().__init__(f"{what}: expected {expected}, got {got}" + (f"; {fix}" if fix else ""))
+
+
+def leaf_name(path: Any) -> str:
+    """Name of a pytree leaf as people write it: `dense1/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def choose(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise unless `name` is one of `known`; the error lists them and the closest spelling."""
+    known = sorted(known)
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        fix = f"did you mean {close[0]!r}?" if close else ""
+        raise InputError(what, expected=f"one of {', '.join(known)}", got=repr(name), fix=fix)
+
+
+def check_number(
+    what: str, value: float, *, low: float, high: float = np.inf, low_open: bool = False
+) -> None:
+    """Raise unless `value` is a finite number in [low, high], or (low, high] with `low_open`."""
+    inside = low < value <= high if low_open else low <= value <= high
+    if not (inside and value < math.inf):
+        top = "∞)" if np.isinf(high) else f"{high:g}]"
+        interval = f"a number in {'(' if low_open else '['}{low:g}, {top}"
+        raise InputError(what, expected=interval, got=f"{value}")
+
+
+def check_count(what: str, value: int, *, low: int) -> None:
+    """Raise unless `value` is a whole number (an int) from `low` on."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+        raise InputError(what, expected=f"a whole number ≥ {low}", got=repr(value))
+
+
+def check_finite(what: str, tree: Any) -> None:
+    """Raise if any leaf of `tree` holds NaN or infinity; the error names the leaf and how many."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        values = np.asarray(leaf)
+        if jnp.issubdtype(values.dtype, np.inexact) and not (ok := np.isfinite(values)).all():
+            raise InputError(
+                f"{what} {leaf_name(path)}".rstrip(),
+                expected="finite values",
+                got=f"{values.size - int(ok.sum())} of {values.size} NaN or infinite",
+            )
+
+
+def check_images(what: str, images: Any, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Raise unless `images` is a floating array [n, *shape], finite and inside `bounds`."""
+    values = np.asarray(images)
+    if not jnp.issubdtype(values.dtype, np.floating):
+        raise InputError(
+            what,
+            expected="floating-point images",
+            got=f"dtype {values.dtype}",
+            fix="convert first, e.g. images.astype('float32') / 255",
+        )
+    if values.ndim < 2:
+        raise InputError(what, expected="an array [n, *shape]", got=f"shape {values.shape}")
+    check_finite(what, values)
+    low, high = bounds
+    if values.size and (values.min() < low or values.max() > high):
+        raise InputError(
+            what,
+            expected=f"values in [{low:g}, {high:g}]",
+            got=f"[{values.min():g}, {values.max():g}]",
+            fix="rescale the images, or set the data set's bounds",
+        )
+
+
+def check_labels(what: str, labels: Any, n: int, num_classes: int) -> None:
+    """Raise unless `labels` is an integer array [n] with values in 0 … num_classes − 1."""
+    values = np.asarray(labels)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InputError(what, expected="integer labels", got=f"dtype {values.dtype}")
+    if values.shape != (n,):
+        raise InputError(what, expected=f"shape ({n},)", got=f"shape {values.shape}")
+    if values.size and (values.min() < 0 or values.max() >= num_classes):
+        raise InputError(
+            what,
+            expected=f"labels in 0…{num_classes - 1}",
+            got=f"{values.min()}…{values.max()}",
+        )
+
+
+def check_same_tree(what: str, tree: Any, reference: Any, *, scalars: bool = False) -> None:
+    """Raise unless `tree` has the leaves of `reference`, with the same shapes (or scalars).
+
+    The error names the first leaf that is missing, unknown or of another shape.
+    """
+
+    def leaves(t: Any) -> dict[str, tuple[int, ...]]:
+        flat = jax.tree_util.tree_leaves_with_path(t)
+        return {leaf_name(path): np.shape(leaf) for path, leaf in flat}
+
+    found, wanted = leaves(tree), leaves(reference)
+    for name, shape in wanted.items():
+        shape = () if scalars else shape
+        if name not in found:
+            raise InputError(f"{what} {name}", expected=f"a leaf of shape {shape}", got="no leaf")
+        if found[name] != shape:
+            raise InputError(
+                f"{what} {name}", expected=f"shape {shape}", got=f"shape {found[name]}"
+            )
+    if extra := sorted(set(found) - set(wanted)):
+        raise InputError(
+            f"{what} {extra[0]}", expected=f"only the leaves {', '.join(wanted)}", got="one more"
+        )

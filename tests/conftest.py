@@ -1,0 +1,23 @@
+"""Fixtures that several test files share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Equal programs of different tests (and of the processes that they start) compile once a session.
+_CACHE = tempfile.TemporaryDirectory(prefix="ntk-awt-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real data sets, each in a sub-folder; skips where there is none."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("NTK_AWT_DATA") or default).expanduser()
+    if not folder.is_dir():
+        pytest.skip(f"no real data: NTK_AWT_DATA is not set to a folder, and {folder} is not there")
+    return folder
