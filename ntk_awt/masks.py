@@ -1,0 +1,411 @@
+"""Masks as pytrees beside the parameters: scores, allocation of density, selection, gains, files.
+
+A masked network computes f(x; γ⊙m⊙θ) (theory §0): `m` is a pytree of booleans with the structure of
+the parameters, `γ` a pytree of scalars. Kernels (two or more axes) are prunable; biases are always
+kept, with gain 1. Making a mask takes three separate steps: *scores* say which weights matter,
+*allocation* says how many each layer keeps, *selection* keeps exactly that many.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ntk_awt.errors import (
+    InputError,
+    check_finite,
+    check_number,
+    check_same_tree,
+    choose,
+    leaf_name,
+)
+from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params
+
+Scores: TypeAlias = Any
+"""A pytree with the structure of the parameters and real leaves; higher is kept first."""
+
+Counts: TypeAlias = Any
+"""A pytree with the structure of the parameters and integer leaves: entries kept in each."""
+
+
+class Ticket(NamedTuple):
+    """A sparse network at initialisation: f(x; γ⊙m⊙θ).
+
+    Attributes:
+        params: θ, the values before masking.
+        mask: m, `True` where an entry is kept.
+        gain: γ, one scalar a leaf.
+    """
+
+    params: Params
+    mask: Mask
+    gain: Gain
+
+
+def is_prunable(leaf: Any) -> bool:
+    """Whether a mask may prune entries of this leaf: it has two or more axes."""
+    return np.ndim(leaf) >= 2
+
+
+# ---------------------------------------------------------------- masked networks
+
+
+def effective(params: Params, mask: Mask, gain: Gain) -> Params:
+    """The weights that the masked network uses, γ⊙m⊙θ, leaf by leaf."""
+    return jax.tree.map(lambda w, m, g: w * (m * g).astype(w.dtype), params, mask, gain)
+
+
+def masked(apply: ApplyFn, mask: Mask, gain: Gain) -> ApplyFn:
+    """The network x ↦ f(x; γ⊙m⊙θ) as another `ApplyFn` of θ (theory §0).
+
+    Its gradient with respect to θ carries the factor γ⊙m, so pruned weights never move.
+
+    Args:
+        apply: `(params, x[n, *shape]) -> logits[n, c]`.
+        mask: booleans, the structure and shapes of the parameters.
+        gain: scalars, the structure of the parameters.
+
+    Returns:
+        `(params, x) -> logits`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> apply = lambda w, x: x @ w
+        >>> f = masked(apply, jnp.array([[True], [False]]), jnp.float32(2.0))
+        >>> float(f(jnp.array([[3.0], [5.0]]), jnp.ones((1, 2)))[0, 0])
+        6.0
+    """
+
+    def masked_apply(params: Params, x: Images) -> Logits:
+        return apply(effective(params, mask, gain), x)
+
+    return masked_apply
+
+
+# ---------------------------------------------------------------- scores
+
+
+def random_scores(key: Key, params: Params) -> Scores:
+    """Independent uniform scores: `top_k` of them is a uniformly random mask."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [jax.random.uniform(k, jnp.shape(w)) for k, w in zip(keys, leaves, strict=True)]
+    )
+
+
+def magnitude_scores(params: Params) -> Scores:
+    """Absolute values of the weights."""
+    return jax.tree.map(jnp.abs, params)
+
+
+# ---------------------------------------------------------------- allocation
+
+
+def _cap(rates: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
+    """Fractional counts sizes·min(1, s·rates), with s such that they sum to `total`."""
+    full = np.zeros(len(sizes), bool)
+    while True:
+        free = ~full
+        scale = (total - sizes[full].sum()) / max((rates * sizes)[free].sum(), 1e-300)
+        over = free & (scale * rates > 1)
+        if not over.any():
+            return np.where(full, sizes, scale * rates * sizes)
+        full |= over
+
+
+def _round(counts: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
+    """Integers in [1, sizes] that sum to `total`, by largest remainder (first layer on ties)."""
+    whole = np.clip(np.floor(counts), 1, sizes).astype(int)
+    while (missing := total - whole.sum()) != 0:
+        room = whole < sizes if missing > 0 else whole > 1
+        gap = np.where(room, (counts - whole) * np.sign(missing), -np.inf)
+        whole[int(np.argmax(gap))] += int(np.sign(missing))
+    return whole
+
+
+def _uniform(scores: list[np.ndarray], sizes: np.ndarray, total: int) -> np.ndarray:
+    return _round(_cap(np.ones(len(sizes)), sizes, total), sizes, total)
+
+
+def _erk(scores: list[np.ndarray], sizes: np.ndarray, total: int) -> np.ndarray:
+    rates = np.array([sum(s.shape) / s.size for s in scores])
+    return _round(_cap(rates, sizes, total), sizes, total)
+
+
+def _global(scores: list[np.ndarray], sizes: np.ndarray, total: int) -> np.ndarray:
+    flat = np.concatenate([s.ravel() for s in scores])
+    kept = np.zeros(len(flat), bool)
+    kept[np.argsort(-flat, kind="stable")[:total]] = True
+    return np.array([part.sum() for part in np.split(kept, np.cumsum(sizes)[:-1])])
+
+
+ALLOCATIONS: dict[str, Callable[[list[np.ndarray], np.ndarray, int], np.ndarray]] = {
+    "uniform": _uniform,
+    "erk": _erk,
+    "global": _global,
+}
+"""Allocations by name: `(scores, sizes, total) -> kept entries of each prunable leaf`."""
+
+
+def allocate(scores: Scores, density: float, method: str) -> Counts:
+    """How many entries each leaf keeps; the total over prunable leaves is round(density·size).
+
+    - `uniform`: every layer has the same density;
+    - `erk`: density ∝ (sum of the kernel's axes) / (their product), i.e. (fan-in + fan-out [+
+      window]) / (their product), capped at 1 (Erdős–Rényi-kernel: Evci et al., "Rigging the
+      lottery", 2020, after Mocanu et al., 2018);
+    - `global`: the highest scores over all layers together.
+
+    Uniform and ERK keep at least one weight a layer, since an empty layer cuts the network.
+
+    Args:
+        scores: the structure and shapes of the parameters; only `global` reads the values.
+        density: kept share of all prunable entries, in (0, 1].
+        method: a name in `ALLOCATIONS`.
+
+    Returns:
+        Integers, the structure of the parameters; a leaf that is not prunable keeps all.
+
+    Raises:
+        InputError: density outside (0, 1] or fewer kept weights than layers, unknown method.
+
+    Example:
+        >>> import numpy as np
+        >>> scores = {"a": np.ones((100, 10)), "b": np.ones((10, 10)), "bias": np.ones(10)}
+        >>> allocate(scores, 0.1, "uniform")
+        {'a': 100, 'b': 10, 'bias': 10}
+        >>> allocate(scores, 0.1, "erk")
+        {'a': 93, 'b': 17, 'bias': 10}
+    """
+    check_number("density", density, low=0, high=1, low_open=True)
+    choose("allocation", method, ALLOCATIONS)
+    leaves, structure = jax.tree.flatten(scores)
+    prunable = [np.asarray(s) for s in leaves if is_prunable(s)]
+    if not prunable:
+        return structure.unflatten([np.size(s) for s in leaves])
+    sizes = np.array([s.size for s in prunable])
+    total = round(density * int(sizes.sum()))
+    if total < len(sizes):
+        least = np.ceil(1e4 * len(sizes) / sizes.sum()) / 1e4
+        raise InputError(
+            "density",
+            expected=f"at least {least:g} (one weight in each layer)",
+            got=f"{density:g}",
+        )
+    counts = iter(ALLOCATIONS[method](prunable, sizes, total))
+    return structure.unflatten(
+        [int(next(counts)) if is_prunable(s) else np.size(s) for s in leaves]
+    )
+
+
+# ---------------------------------------------------------------- selection
+
+
+def top_k(scores: Scores, counts: Counts) -> Mask:
+    """Keep exactly the `counts` highest scores of each leaf.
+
+    Among equal scores the one that comes first in the leaf's memory order is kept, so the number
+    kept is exact also with ties, and the result is the same eagerly and under jit.
+
+    Args:
+        scores: floating, the structure and shapes of the parameters, without NaN.
+        counts: integers (or traced integer scalars), the same structure.
+
+    Returns:
+        Booleans, the structure and shapes of the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> top_k(jnp.array([[1.0, 3.0, 3.0, 3.0]]), 2).tolist()
+        [[False, True, True, False]]
+    """
+
+    def select(score: Any, count: Any) -> jax.Array:
+        order = jnp.argsort(-jnp.ravel(score), stable=True)
+        kept = jnp.zeros(order.size, bool).at[order].set(jnp.arange(order.size) < count)
+        return kept.reshape(jnp.shape(score))
+
+    return jax.tree.map(select, scores, counts)
+
+
+def make(scores: Scores, density: float, method: str) -> Mask:
+    """Allocation, then selection: a mask of exactly that density.
+
+    Raises:
+        InputError: scores that are NaN or infinite, or what `allocate` raises.
+    """
+    check_finite("scores", scores)
+    return top_k(scores, allocate(scores, density, method))
+
+
+def ones(params: Params) -> Mask:
+    """The mask that keeps everything: the dense network."""
+    return jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+
+
+# ---------------------------------------------------------------- gains
+
+
+def unit_gain(params: Params) -> Gain:
+    """γ = 1 for every leaf."""
+    return jax.tree.map(lambda w: jnp.ones((), jnp.result_type(w)), params)
+
+
+def energy_gain(params: Params, mask: Mask) -> Gain:
+    """Energy-preserving gain γ_l = ‖w_l‖ / ‖m_l⊙w_l‖ of prunable leaves, 1 elsewhere (theory §0).
+
+    For a random mask of density p it is about 1/√p; for a magnitude mask it is not.
+
+    Args:
+        params: weights.
+        mask: booleans, the same structure and shapes.
+
+    Returns:
+        Scalars, the structure of the parameters.
+
+    Raises:
+        InputError: a prunable leaf whose kept weights are all zero.
+    """
+
+    def gain(path: Any, w: jax.Array, m: jax.Array) -> jax.Array:
+        if not is_prunable(w):
+            return jnp.ones((), w.dtype)
+        kept = jnp.linalg.norm(jnp.ravel(w * m))
+        if not kept > 0:
+            raise InputError(
+                f"mask {leaf_name(path)}",
+                expected="at least one kept weight that is not zero",
+                got="none",
+                fix="raise the density, or use another allocation",
+            )
+        return (jnp.linalg.norm(jnp.ravel(w)) / kept).astype(w.dtype)
+
+    return jax.tree_util.tree_map_with_path(gain, params, mask)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+class LayerStatistics(NamedTuple):
+    """One prunable leaf of a mask.
+
+    Attributes:
+        name: e.g. `dense1/kernel`.
+        shape: [*window, in, out].
+        size: number of entries.
+        kept: number of kept entries.
+        density: kept / size.
+        gain: γ of the leaf.
+        dead_inputs: inputs with no kept weight.
+        dead_outputs: outputs (units or channels) with no kept weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    density: float
+    gain: float
+    dead_inputs: int
+    dead_outputs: int
+
+
+def statistics(mask: Mask, gain: Gain) -> list[LayerStatistics]:
+    """One row for each prunable leaf, in the order of the pytree."""
+
+    def row(path: Any, m: Any, g: Any) -> LayerStatistics:
+        m = np.asarray(m)
+        axes = tuple(range(m.ndim))
+        return LayerStatistics(
+            leaf_name(path),
+            m.shape,
+            m.size,
+            int(m.sum()),
+            float(m.mean()),
+            float(g),
+            int((~m.any(axis=(*axes[:-2], axes[-1]))).sum()),
+            int((~m.any(axis=axes[:-1])).sum()),
+        )
+
+    gains = jax.tree.leaves(gain)
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    return [row(p, m, g) for (p, m), g in zip(leaves, gains, strict=True) if is_prunable(m)]
+
+
+def density(mask: Mask) -> float:
+    """Kept share of all prunable entries; 1 if there are none."""
+    leaves = [np.ravel(m) for m in jax.tree.leaves(mask) if is_prunable(m)]
+    return float(np.concatenate(leaves).mean()) if leaves else 1.0
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_ticket(ticket: Ticket, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a ticket as safetensors; an interrupted write leaves the old file as it was."""
+    arrays = {
+        f"{part}/{leaf_name(leaf_path)}": np.asarray(leaf, order="C")  # safetensors writes memory
+        for part, tree in ticket._asdict().items()
+        for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def load_ticket(path: Path, like: Params) -> Ticket:
+    """Read a ticket for the network whose parameters are `like`.
+
+    Args:
+        path: a file that `save_ticket` wrote.
+        like: parameters (or shapes) of the dense network that the ticket belongs to.
+
+    Returns:
+        The ticket, with the structure of `like`.
+
+    Raises:
+        InputError: no such file, not a ticket, a leaf missing, unknown or of another shape, weights
+            that are not finite, a mask that is not boolean.
+    """
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"ticket {path}", expected="a safetensors file", got=str(error).strip() or "none"
+        ) from None
+    if extra := sorted(key for key in arrays if key.split("/")[0] not in Ticket._fields):
+        raise InputError(
+            f"ticket {path}: {extra[0]}",
+            expected=f"only {', '.join(Ticket._fields)}",
+            got="one more",
+        )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [leaf_name(leaf_path) for leaf_path, _ in leaves]
+
+    def part(name: str, *, scalars: bool = False) -> Any:
+        found = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in arrays.items()
+            if key.startswith(f"{name}/")
+        }
+        wanted = {n: w for n, (_, w) in zip(names, leaves, strict=True)}
+        check_same_tree(f"ticket {path}: {name}", found, wanted, scalars=scalars)
+        return structure.unflatten([jnp.asarray(found[n]) for n in names])
+
+    ticket = Ticket(part("params"), part("mask"), part("gain", scalars=True))
+    check_finite(f"ticket {path}: params", ticket.params)
+    check_finite(f"ticket {path}: gain", ticket.gain)
+    for name, m in zip(names, jax.tree.leaves(ticket.mask), strict=True):
+        if m.dtype != bool:
+            raise InputError(
+                f"ticket {path}: mask {name}", expected="booleans", got=f"dtype {m.dtype}"
+            )
+    return ticket
