@@ -1,0 +1,146 @@
+"""What every attack is, and the checked entry that users call.
+
+An attack only maximises: given a loss for each image and a threat model it returns the best point
+that it visited. Input checks, the choice of the loss and the report of success are here, once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ntk_awt.errors import InputError, check_finite, check_images, check_labels, check_number
+from ntk_awt.threats import Threat
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Params, PerExample
+
+LossFn: TypeAlias = Callable[[Images], PerExample]
+"""`images[n, *shape] -> loss[n]`; the loss of an image depends on that image alone."""
+
+
+class Attack(Protocol):
+    """A maximiser of losses over a threat set; hashable, so that jit can take it as static."""
+
+    def run(self, loss: LossFn, x: Images, threat: Threat, keys: Key) -> tuple[Images, PerExample]:
+        """The best point found for each image, and its loss.
+
+        Pure and traceable: called inside jit by training, evaluation and the ticket search.
+
+        Args:
+            loss: to be maximised, for each image separately.
+            x: clean images [n, *shape], float32, inside `threat.bounds`.
+            threat: the allowed set.
+            keys: one random key an image, [n]; an image's result depends on its own key only.
+
+        Returns:
+            Images [n, *shape] inside the threat set, and their losses [n].
+        """
+        ...
+
+
+class Attacked(NamedTuple):
+    """Outcome of an attack on n images.
+
+    Attributes:
+        images: [n, *shape], inside the threat set.
+        loss: [n], cross-entropy in nats at `images`.
+        success: [n], whether `images` are classified differently from their labels.
+    """
+
+    images: Images
+    loss: PerExample
+    success: jax.Array
+
+
+def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> LossFn:
+    """The loss z ↦ −log softmax(f(z))_y for each image, in nats."""
+
+    def loss(z: Images) -> PerExample:
+        return optax.softmax_cross_entropy_with_integer_labels(apply(params, z), y)
+
+    return loss
+
+
+def example_keys(key: Key, indices: jax.Array) -> Key:
+    """One key an image, from its index in the data set: results don't depend on the batching."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def check_examples(
+    apply: ApplyFn, params: Params, x: Any, y: Any, threat: Threat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Raise unless a network can be attacked at these examples.
+
+    Args:
+        apply, params: the network.
+        x: images [n, *shape], floating, inside `threat.bounds`.
+        y: labels [n], integers.
+        threat: its radius must not be negative.
+
+    Returns:
+        The images as float32 and the labels as int32, in host memory.
+
+    Raises:
+        InputError: what is wrong, see `perturb`.
+    """
+    check_number("epsilon", float(threat.epsilon), low=0)
+    check_images("images", x, threat.bounds)
+    if len(x) == 0:
+        raise InputError("images", expected="at least one", got="none")
+    images = np.asarray(x, np.float32)
+    logits = jax.eval_shape(apply, params, images)
+    if logits.ndim != 2 or logits.shape[0] != len(x):
+        raise InputError(
+            "logits", expected=f"shape ({len(x)}, classes)", got=f"shape {logits.shape}"
+        )
+    check_labels("labels", y, len(x), logits.shape[1])
+    return images, np.asarray(y, np.int32)
+
+
+@partial(jax.jit, static_argnames=("attack", "apply"))
+def _attacked(
+    attack: Attack, apply: ApplyFn, params: Params, x: Images, y: Labels, threat: Threat, key: Key
+) -> Attacked:
+    keys = example_keys(key, jnp.arange(x.shape[0]))
+    images, loss = attack.run(cross_entropy(apply, params, y), x, threat, keys)
+    return Attacked(images, loss, jnp.argmax(apply(params, images), -1) != y)
+
+
+def perturb(
+    attack: Attack, apply: ApplyFn, params: Params, x: Images, y: Labels, threat: Threat, key: Key
+) -> Attacked:
+    """Attack the cross-entropy of a network: x̃ ≈ argmax over z in B(x) of ℓ(f(z), y).
+
+    Args:
+        attack: e.g. `PGD(steps=40)`.
+        apply: `(params, x) -> logits`.
+        params: parameters of the network.
+        x: clean images [n, *shape], floating, inside `threat.bounds` (pixel units).
+        y: labels [n], integers.
+        threat: the allowed set.
+        key: random key.
+
+    Returns:
+        `Attacked(images, loss, success)`.
+
+    Raises:
+        InputError: images that are integer, NaN or out of range, labels out of range or of another
+            shape, a negative radius, logits that are not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from ntk_awt.attacks import PGD
+        >>> from ntk_awt.threats import Linf
+        >>> apply = lambda w, x: x @ w
+        >>> x, y = jnp.array([[0.5, 0.4]]), jnp.array([0])
+        >>> result = perturb(PGD(steps=5), apply, jnp.eye(2), x, y, Linf(0.1), jax.random.key(0))
+        >>> print(result.images.round(3), result.success)
+        [[0.4 0.5]] [ True]
+    """
+    images, labels = map(jnp.asarray, check_examples(apply, params, x, y, threat))
+    result = _attacked(attack, apply, params, images, labels, threat, key)
+    check_finite("loss under attack", result.loss)
+    return result
