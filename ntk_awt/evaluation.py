@@ -1,0 +1,136 @@
+"""Natural and robust accuracy with exact binomial intervals."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_awt.attacks import Attack, check_examples, cross_entropy, example_keys
+from ntk_awt.errors import check_finite, check_number
+from ntk_awt.threats import Threat
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
+
+
+class Proportion(NamedTuple):
+    """A share of n test images with its 95 % interval.
+
+    Attributes:
+        value: successes / n, in [0, 1].
+        low, high: Clopper–Pearson interval: it covers the true share with probability ≥ 0.95.
+        n: number of images.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def proportion(successes: np.ndarray) -> Proportion:
+    """The share of true entries, with its Clopper–Pearson 95 % interval.
+
+    Args:
+        successes: booleans [n].
+
+    Source: Clopper & Pearson, "The use of confidence or fiducial limits" (1934), through SciPy.
+
+    Example:
+        >>> import numpy as np
+        >>> p = proportion(np.array([True] * 9 + [False]))
+        >>> p.value, round(p.low, 3), round(p.high, 3)
+        (0.9, 0.555, 0.997)
+    """
+    from scipy.stats import binomtest
+
+    count, n = int(np.sum(successes)), len(successes)
+    interval = binomtest(count, n).proportion_ci(0.95, method="exact")
+    return Proportion(count / n, float(interval.low), float(interval.high), n)
+
+
+class Evaluation(NamedTuple):
+    """Outcome of an evaluation on n images.
+
+    Attributes:
+        natural: accuracy on the clean images.
+        robust: share of images that are right when clean and under attack.
+        natural_correct, robust_correct: the same for each image, booleans [n].
+        images: the attacked images [n, *shape].
+    """
+
+    natural: Proportion
+    robust: Proportion
+    natural_correct: np.ndarray
+    robust_correct: np.ndarray
+    images: np.ndarray
+
+
+@partial(jax.jit, static_argnames=("apply", "attack"))
+def _batch(
+    apply: ApplyFn,
+    attack: Attack,
+    params: Params,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    keys: Key,
+) -> tuple[jax.Array, jax.Array, jax.Array, Images]:
+    clean = apply(params, x)
+    images, _ = attack.run(cross_entropy(apply, params, y), x, threat, keys)
+    attacked = apply(params, images)
+    finite = jnp.isfinite(clean).all(-1) & jnp.isfinite(attacked).all(-1)
+    natural = jnp.argmax(clean, -1) == y
+    return natural, natural & (jnp.argmax(attacked, -1) == y), finite, images
+
+
+def evaluate(
+    apply: ApplyFn,
+    params: Params,
+    x: Images | np.ndarray,
+    y: Labels | np.ndarray,
+    *,
+    threat: Threat,
+    attack: Attack,
+    key: Key,
+    batch_size: int = 500,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Accuracy of a network on clean and on attacked images.
+
+    Args:
+        apply: `(params, x) -> logits`; of a sparse network, with its effective weights as params.
+        params: parameters.
+        x: clean images [n, *shape], floating, inside `threat.bounds` (pixel units).
+        y: labels [n].
+        threat: the threat model.
+        attack: its attack on the cross-entropy.
+        key: random key; each image's attack depends on the key and its index, not on the batch.
+        batch_size: images at once; the last batch is padded so that nothing recompiles.
+        on_batch: called with the number of images done, for a progress bar.
+
+    Returns:
+        `Evaluation`.
+
+    Raises:
+        InputError: bad or no images, bad labels, or logits that are not finite.
+    """
+    check_number("batch_size", batch_size, low=1)
+    x, y = check_examples(apply, params, x, y, threat)
+    n, size = len(x), min(batch_size, len(x))
+    parts = []
+    for begin in range(0, n, size):
+        rows = np.arange(begin, begin + size) % n  # the padding starts again at the front
+        keys = example_keys(key, jnp.asarray(rows))
+        parts.append(
+            jax.device_get(
+                _batch(
+                    apply, attack, params, jnp.asarray(x[rows]), jnp.asarray(y[rows]), threat, keys
+                )
+            )
+        )
+        on_batch(min(begin + size, n))
+    natural, robust, finite, images = (np.concatenate(p)[:n] for p in zip(*parts, strict=True))
+    check_finite("logits of the evaluation", np.where(finite, 0.0, np.nan))
+    return Evaluation(proportion(natural), proportion(robust), natural, robust, images)
