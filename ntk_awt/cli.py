@@ -1,0 +1,393 @@
+"""The command line `ntk-awt`: arguments from the config dataclasses, progress bars, exit codes.
+
+Exit code 0: done; 1: a check failed; 2: bad input, with one line that says what to change; 130:
+interrupted, with the command that resumes.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from ntk_awt import config as configs
+from ntk_awt.config import RunConfig
+from ntk_awt.errors import InputError, check_number, choose
+
+console = Console(stderr=True)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "compiling")
+
+
+class Bars:
+    """Progress bars with rates and time left, on the terminal's error stream."""
+
+    @contextmanager
+    def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """See `experiment.Reporter.bar`."""
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(label, total=total, unit=unit)
+            yield lambda units: progress.update(task, advance=units)
+
+
+# ---------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `run` and `ticket` take: every setting, and where to keep the run."""
+
+    config: OmitArgPrefixes[RunConfig]
+    run_dir: Path | None = None
+    """Folder of the run; runs/NAME, a name made from the settings, if not given."""
+
+    def open(self):
+        """The run, with progress bars."""
+        from ntk_awt.experiment import Run
+
+        root = self.run_dir or Path("runs") / configs.run_name(self.config)
+        opened = Run(self.config, root, Bars())
+        _resume.append(f"ntk-awt run --config {opened.paths.config} --run-dir {root}")
+        return opened
+
+
+def run(settings: Settings) -> int:
+    """Find the ticket, train and compare all networks, write the report."""
+    opened = settings.open()
+    results = opened.run()
+    console.print(_networks_table(results))
+    print(f"report: {opened.paths.report}")
+    return 0
+
+
+def ticket(settings: Settings) -> int:
+    """Make every network at initialisation (search included) and stop there."""
+    from ntk_awt import masks
+    from ntk_awt.experiment import ordered
+
+    opened = settings.open()
+    opened.make_tickets()
+    for name in ordered(settings.config.networks):
+        found = opened.load_ticket(name)
+        console.print(_layers_table(name, masks.statistics(found.mask, found.gain)))
+        print(f"ticket: {opened.paths.ticket(name)}")
+    return 0
+
+
+def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
+    """Train the networks of a run folder that are not trained yet.
+
+    Args:
+        run_dir: a run folder, e.g. from `ntk-awt ticket`.
+        networks: train only these, and add those that the run does not have yet: dense, ticket,
+            random, magnitude, or a saved ticket's FILE.
+    """
+    from ntk_awt.experiment import Run, network_label, open_run
+
+    config = open_run(run_dir).config
+    more = tuple(name for name in networks if name not in config.networks)
+    config = dataclasses.replace(config, networks=config.networks + more)
+    opened = Run(config, run_dir, Bars())
+    _resume.append(f"ntk-awt train {run_dir}")
+    opened.make_tickets()
+    opened.train(tuple(map(network_label, networks)))
+    print(f"trained: {run_dir / 'trained'}")
+    return 0
+
+
+def evaluate(
+    run_dir: Positional[Path],
+    networks: tuple[str, ...] = (),
+    epsilon: float | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+) -> int:
+    """Natural and robust accuracy of a run's trained networks under PGD.
+
+    Args:
+        run_dir: a run folder.
+        networks: only these; all trained ones if not given.
+        epsilon: radius in pixel units; the run's if not given.
+        steps: gradient steps of PGD; the run's if not given.
+        restarts: random restarts of PGD; the run's if not given.
+        json_file: write the numbers there as well.
+    """
+    from ntk_awt import threats
+    from ntk_awt.attacks import PGD
+    from ntk_awt.experiment import open_run, ordered
+
+    opened = open_run(run_dir, Bars())
+    settings, known = opened.config.evaluation, ordered(opened.config.networks)
+    for name in networks:
+        choose("network", name, known)
+    threat_config = opened.config.threat
+    if epsilon is not None:
+        check_number("epsilon", epsilon, low=0)
+        threat_config = dataclasses.replace(threat_config, epsilon=epsilon)
+    threat = threats.build(threat_config, opened.dataset.bounds)
+    attack = PGD(
+        settings.evaluation_steps if steps is None else steps,
+        opened.config.attack.attack_step_ratio,
+        settings.evaluation_restarts if restarts is None else restarts,
+    )
+    rows: list[dict[str, Any]] = []
+    for name in networks or known:
+        outcome = opened.evaluate_network(name, attack, threat)
+        rows.append(
+            {
+                "network": name,
+                "threat": threat_config.name,
+                "epsilon": threat_config.epsilon,
+                "steps": attack.steps,
+                "restarts": attack.restarts,
+                "natural": outcome.natural._asdict(),
+                "robust": outcome.robust._asdict(),
+            }
+        )
+    table = _table(
+        "network", "natural accuracy\n[%], 95 % interval", "robust accuracy\n[%], 95 % interval"
+    )
+    for row in rows:
+        table.add_row(row["network"], *(_percent(**row[part]) for part in ("natural", "robust")))
+    console.print(table)
+    text = json.dumps(rows, indent=2)
+    if json_file is None:
+        print(text)
+    else:
+        json_file.write_text(text + "\n", encoding="utf-8")
+        print(f"numbers: {json_file}")
+    return 0
+
+
+def kernel(
+    run_dir: Positional[Path],
+    network: str = "dense",
+    state: str = "initial",
+    inputs: str = "adversarial",
+    out: Path | None = None,
+) -> int:
+    """Tangent kernel of a run's network on its probe set: saved as .npz and drawn.
+
+    Args:
+        run_dir: a run folder.
+        network: which network.
+        state: initial or trained.
+        inputs: clean for Θ(X, X), adversarial for Θ(X̃, X̃), mixed for Θ(X, X̃).
+        out: the .npz file; the run folder's figures/ if not given. The picture lies beside it.
+    """
+    import jax
+    import numpy as np
+
+    from ntk_awt import kernels, plots
+    from ntk_awt.experiment import open_run, ordered
+
+    opened = open_run(run_dir)
+    choose("network", network, ordered(opened.config.networks))
+    choose("state", state, ("initial", "trained"))
+    choose("inputs", inputs, ("clean", "adversarial", "mixed"))
+    clean, perturbed = opened.probe
+    pairs = {"clean": (clean, None), "adversarial": (perturbed, None), "mixed": (clean, perturbed)}
+    params, mask, gain = (opened.load_ticket if state == "initial" else opened.load_trained)(
+        network
+    )
+    compute = jax.jit(
+        lambda x1, x2: kernels.empirical(opened.network.apply, params, x1, x2, mask=mask, gain=gain)
+    )
+    matrix = np.asarray(compute(*pairs[inputs]))
+    file = out or opened.paths.figures / f"kernel-{network}-{state}-{inputs}.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, kernel=matrix, clean=clean, perturbed=perturbed)
+    plots.save(plots.kernel(matrix, f"{network}, {state}, {inputs}"), file.parent, file.stem)
+    print(f"kernel {list(matrix.shape)} = [images, images, classes, classes]: {file}")
+    print(f"picture: {file.with_suffix('.svg')}")
+    return 0
+
+
+def report(run_dirs: Positional[tuple[Path, ...]], out: Path = Path("comparison.html")) -> int:
+    """Redraw a run's report from its records, or compare several runs.
+
+    Args:
+        run_dirs: one run folder to redraw, or several to compare.
+        out: the comparison's page.
+    """
+    from ntk_awt import report as reports
+
+    if not run_dirs:
+        raise InputError("run folders", expected="one or more", got="none")
+    page = (
+        reports.write(run_dirs[0]) if len(run_dirs) == 1 else reports.compare(list(run_dirs), out)
+    )
+    print(f"report: {page}")
+    return 0
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _percent(value: float, low: float, high: float, n: int = 0) -> str:
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _table(first: str, *headers: str, title: str | None = None) -> Table:
+    """An empty table; square brackets in its headers are units, not markup."""
+    return Table(Column(first, no_wrap=True), *map(escape, headers), title=title)
+
+
+def _networks_table(results: dict[str, Any]) -> Table:
+    table = _table(
+        "network",
+        "density\n[0–1]",
+        "natural\n[%]",
+        "robust\n[%]",
+        "gap\n[logits]",
+        "Θ dist.\n[rel.²]",
+        title="test accuracy with 95 % interval, mean dynamics gap, kernel distance at start",
+    )
+    for name, values in results["networks"].items():
+        table.add_row(
+            name,
+            f"{values['density']:.4g}",
+            _percent(values["natural_accuracy"], *values["natural_interval"]),
+            _percent(values["robust_accuracy"], *values["robust_interval"]),
+            f"{values['dynamics_gap']:.3g}",
+            f"{values['relative_kernel_distance']:.3g}",
+        )
+    return table
+
+
+def _layers_table(name: str, rows: list[Any]) -> Table:
+    table = _table(
+        "layer",
+        "shape\n[*window, in, out]",
+        "kept\n[weights]",
+        "density\n[kept / all]",
+        "gain γ\n[factor]",
+        "dead inputs\n[units]",
+        "dead outputs\n[units]",
+        title=name,
+    )
+    for row in rows:
+        table.add_row(
+            row.name,
+            "×".join(map(str, row.shape)),
+            str(row.kept),
+            f"{row.density:.4g}",
+            f"{row.gain:.3f}",
+            str(row.dead_inputs),
+            str(row.dead_outputs),
+        )
+    return table
+
+
+# ---------------------------------------------------------------- entry
+
+_resume: list[str] = []
+"""The command that resumes what is running, for Ctrl-C; empty before anything is saved."""
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run,
+    "ticket": ticket,
+    "train": train,
+    "evaluate": evaluate,
+    "kernel": kernel,
+    "report": report,
+}
+
+
+def _split_config(arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """The config to start from (that of --config FILE, if given), and the other arguments."""
+    if "--config" not in arguments:
+        return RunConfig(), arguments
+    at = arguments.index("--config")
+    if at + 1 == len(arguments):
+        raise InputError("--config", expected="a TOML file after it", got="nothing")
+    return configs.load(Path(arguments[at + 1])), arguments[:at] + arguments[at + 2 :]
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [
+            f"  {name:<10} {(f.__doc__ or '').splitlines()[0]}" for name, f in COMMANDS.items()
+        ]
+        print("usage: ntk-awt COMMAND [OPTIONS]; `ntk-awt COMMAND --help` lists the options\n")
+        print("\n".join(lines))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    choose("command", name, COMMANDS)
+    command = COMMANDS[name]
+    if command not in (run, ticket):
+        return tyro.cli(command, prog=f"ntk-awt {name}", args=rest)
+    config, rest = _split_config(rest)
+    settings = tyro.cli(
+        Settings,
+        prog=f"ntk-awt {name}",
+        description=f"{command.__doc__} With --config FILE.toml, flags override the file.",
+        args=rest,
+        default=Settings(config),
+    )
+    return command(settings)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"error: cannot read or write{where}: expected space and permission, "
+            f"got {error.strerror or error}; finished work is kept, mend it and run again",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        how = f"; to resume: {_resume[-1]}" if _resume else ""
+        print(f"interrupted{how}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

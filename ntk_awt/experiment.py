@@ -1,0 +1,636 @@
+"""The stages composed into a resumable run; every artifact's path and record is defined here.
+
+A run folder holds everything that a report or a later stage reads:
+
+    config.toml                    settings
+    metrics.jsonl                  one JSON object a line: stage, network, step, values
+    results.json                   the numbers of the run
+    tickets/NAME.safetensors       each network at initialisation: weights, mask, gain
+    trained/NAME.safetensors       the same after training
+    dynamics/NAME/epoch-0001.npz   outputs and kernels on the probe set
+    evaluation/NAME.npz            each test image: right when clean, right under attack; examples
+    checkpoints/                   Orbax states, to resume from
+    figures/, report.html          pictures of the above
+
+A stage whose artifact exists is skipped; a stage that was interrupted continues from its newest
+checkpoint and ends with the numbers of an uninterrupted run.
+"""
+
+import json
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_awt import config as configs
+from ntk_awt import data, masks, models, report, threats, tickets, training
+from ntk_awt._version import __version__
+from ntk_awt.attacks import PGD, cross_entropy, example_keys
+from ntk_awt.checkpoints import Checkpoints
+from ntk_awt.config import RunConfig
+from ntk_awt.errors import InputError, choose
+from ntk_awt.evaluation import Evaluation, evaluate
+from ntk_awt.kernels import (
+    empirical,
+    kernel_distance,
+    relative_kernel_distance,
+    relative_target_distance,
+    target_distance,
+)
+from ntk_awt.masks import Ticket
+from ntk_awt.threats import Threat
+from ntk_awt.types import Key, Network
+
+VALIDATION_IMAGES = 1000
+"""At most that many validation images are attacked after each epoch."""
+
+EXAMPLES = 8
+"""Test images whose attacked versions are kept for the report."""
+
+
+class Reporter(Protocol):
+    """Where a run shows its progress."""
+
+    def bar(
+        self, label: str, total: int, unit: str
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar over `total` units; calling what it gives moves it on by some."""
+        ...
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    @contextmanager
+    def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """See `Reporter.bar`."""
+        yield lambda units: None
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where everything of a run lies."""
+
+    root: Path
+
+    config = property(lambda self: self.root / "config.toml")
+    metrics = property(lambda self: self.root / "metrics.jsonl")
+    results = property(lambda self: self.root / "results.json")
+    figures = property(lambda self: self.root / "figures")
+    report = property(lambda self: self.root / "report.html")
+
+    def ticket(self, name: str) -> Path:
+        """The network at initialisation."""
+        return self.root / "tickets" / f"{name}.safetensors"
+
+    def trained(self, name: str) -> Path:
+        """The network after training."""
+        return self.root / "trained" / f"{name}.safetensors"
+
+    def checkpoints(self, stage: str, name: str) -> Path:
+        """Orbax's folder of a stage's state."""
+        return self.root / "checkpoints" / f"{stage}-{name}"
+
+    def dynamics(self, name: str, epoch: int) -> Path:
+        """Observations of one epoch on the probe set."""
+        return self.root / "dynamics" / name / f"epoch-{epoch:04d}.npz"
+
+    def evaluation(self, name: str) -> Path:
+        """Outcome on each test image."""
+        return self.root / "evaluation" / f"{name}.npz"
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write through a temporary file, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    _replace(path, lambda partial: np.savez(partial, **arrays))
+
+
+class Log:
+    """`metrics.jsonl`: append-only while all goes well, cut back when a stage is resumed."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self.rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break  # a kill cut this line; what it said is said again on resuming
+            self._rewrite(self.rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        _replace(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows; rows of the same stage and network from that step on are dropped first."""
+
+        def repeated(old: dict[str, Any]) -> bool:
+            return any(
+                (old["stage"], old["network"]) == (row["stage"], row["network"])
+                and old["step"] >= row["step"]
+                for row in rows
+            )
+
+        if any(map(repeated, self.rows)):
+            self._rewrite([row for row in self.rows if not repeated(row)])
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.rows += rows
+
+
+# ---------------------------------------------------------------- a run
+
+
+class Observation(NamedTuple):
+    """What is seen of a network on the probe set Z = (X, X̃), p clean and p perturbed images.
+
+    Attributes:
+        outputs: f(Z), [2p, classes], in logits.
+        kernel: Θ(Z, X̃), [2p, p, classes, classes]: what moves all of Z when X̃ is trained on.
+    """
+
+    outputs: jax.Array
+    kernel: jax.Array
+
+
+class Run:
+    """One configuration in one folder; its methods are the stages.
+
+    Args:
+        config: all settings.
+        root: the run folder; made if it does not exist.
+        reporter: shows progress.
+
+    Raises:
+        InputError: unknown names in the config, a folder that holds a run of other settings, a
+            data set that does not fit.
+        OSError: a folder that cannot be written.
+    """
+
+    def __init__(self, config: RunConfig, root: Path, reporter: Reporter | None = None):
+        check_names(config)
+        self.config = config
+        self.paths = Paths(root)
+        self.reporter = reporter or Silent()
+        _check_folder(config, self.paths)
+        self.dataset  # noqa: B018  bad data is reported before anything is written
+        root.mkdir(parents=True, exist_ok=True)
+        _replace(self.paths.config, lambda path: configs.save(config, path))
+        self.log = Log(self.paths.metrics)
+
+    # ------------------------------------------------------------ what all stages share
+
+    def key(self, stream: str) -> Key:
+        """The random key of one named purpose; streams don't depend on one another."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stream.encode()))
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        """The images."""
+        dataset = data.load(self.config.data, self.config.seed)
+        needed = max(self.config.record.probe_size, self.config.ticket.ticket_batch_size)
+        if len(dataset.x_validation) < needed:
+            raise InputError(
+                "validation images",
+                expected=f"at least {needed} (probe_size and ticket_batch_size)",
+                got=str(len(dataset.x_validation)),
+                fix="raise validation_fraction, or lower those two",
+            )
+        training.steps_per_epoch(
+            len(dataset.x_train), self.config.train, self.config.record.records_per_epoch
+        )
+        return dataset
+
+    @cached_property
+    def network(self) -> Network:
+        """The dense network at initialisation."""
+        shape, classes = self.dataset.image_shape, self.dataset.num_classes
+        return models.build(self.config.model, shape, classes, self.key("model"))
+
+    @cached_property
+    def threat(self) -> Threat:
+        """The threat model."""
+        return threats.build(self.config.threat, self.dataset.bounds)
+
+    def attack(self, steps: int, restarts: int = 1) -> PGD:
+        """PGD with that many steps; none where ε = 0, since the set is one point."""
+        steps = steps if self.config.threat.epsilon > 0 else 0
+        return PGD(steps, self.config.attack.attack_step_ratio, restarts)
+
+    @cached_property
+    def training_attack(self) -> PGD:
+        """The attack inside training, search and probe set."""
+        return self.attack(self.config.attack.attack_steps)
+
+    @cached_property
+    def probe(self) -> tuple[jax.Array, jax.Array]:
+        """Fixed clean and perturbed images (X, X̃), [p, *shape] each.
+
+        X̃ attacks the dense network at initialisation and stays the same for every network.
+        """
+        p = self.config.record.probe_size
+        x, y = self.dataset.x_validation[:p], self.dataset.y_validation[:p]
+        keys = example_keys(self.key("probe"), jnp.arange(p))
+        loss = cross_entropy(*self.network, jnp.asarray(y))
+        run = jax.jit(lambda x: self.training_attack.run(loss, x, self.threat, keys)[0])
+        return jnp.asarray(x), run(jnp.asarray(x))
+
+    @cached_property
+    def observe(self) -> Callable[[Ticket], Observation]:
+        """Outputs and kernel of a network on the probe set, as a pure function."""
+        clean, perturbed = self.probe
+        points = jnp.concatenate([clean, perturbed])
+        apply = self.network.apply
+
+        def observe(ticket: Ticket) -> Observation:
+            params, mask, gain = ticket
+            outputs = apply(masks.effective(params, mask, gain), points)
+            return Observation(
+                outputs, empirical(apply, params, points, perturbed, mask=mask, gain=gain)
+            )
+
+        return observe
+
+    def load_ticket(self, name: str) -> Ticket:
+        """A network at initialisation, from its file."""
+        return masks.load_ticket(self.paths.ticket(name), self.network.params)
+
+    def load_trained(self, name: str) -> Ticket:
+        """A network after training, from its file."""
+        return masks.load_ticket(self.paths.trained(name), self.network.params)
+
+    # ------------------------------------------------------------ stages
+
+    def make_tickets(self) -> None:
+        """Write every network at initialisation: dense, drawn, searched for, or from a file."""
+        for name in self.config.networks:
+            label = network_label(name)
+            path = self.paths.ticket(label)
+            if path.exists():
+                continue
+            params = self.network.params
+            if name == "dense":
+                ticket = Ticket(params, masks.ones(params), masks.unit_gain(params))
+            elif name == "ticket":
+                ticket = self._search()
+            elif name in tickets.BASELINES:
+                ticket = tickets.baseline(name, params, self.config.mask, self.key(name))
+            else:
+                ticket = masks.load_ticket(Path(name), params)
+            masks.save_ticket(ticket, path, {"network": label, "seed": str(self.config.seed)})
+
+    def _search(self) -> Ticket:
+        settings, attack, apply = self.config.ticket, self.training_attack, self.network.apply
+        first = tickets.baseline(
+            "random", self.network.params, self.config.mask, self.key("random")
+        )
+        d = self.dataset
+        problem = tickets.Problem(
+            self.network.params,
+            jnp.asarray(d.x_train),
+            jnp.asarray(d.y_train),
+            self.threat,
+            self.key("search"),
+        )
+        rows = slice(settings.ticket_batch_size)
+        held_out = tickets.held_out_target(
+            apply,
+            attack,
+            problem._replace(
+                x=jnp.asarray(d.x_validation[rows]),
+                y=jnp.asarray(d.y_validation[rows]),
+                key=self.key("held-out"),
+            ),
+        )
+        folder = self.paths.checkpoints("search", "ticket")
+        bar = self.reporter.bar("ticket: search", settings.ticket_steps, "steps")
+        clock = Clock()
+        with bar as advance, Checkpoints(folder) as saved:
+            state = saved.latest(tickets.start(apply, settings, first))
+            advance(int(state.step))
+            done = int(state.step)
+
+            def on_record(state: tickets.SolverState, record: tickets.SearchRecord) -> None:
+                nonlocal done
+                row: dict[str, Any] = {"stage": "ticket", "network": "ticket", "step": record.step}
+                row |= {
+                    f"{name}_distance": float(v) for name, v in record.distances._asdict().items()
+                }
+                if len(record.objective):
+                    row["objective"] = float(record.objective.mean())
+                self.log.add([row | {"seconds": clock.lap()}])
+                saved.save(record.step, state)
+                advance(record.step - done)
+                done = record.step
+
+            state = tickets.search(
+                apply, problem, state, held_out, attack=attack, config=settings, on_record=on_record
+            )
+        return state.ticket
+
+    def train(self, only: tuple[str, ...] = ()) -> None:
+        """Train every network (or the dense one and `only` those), and record its dynamics."""
+        for name in ordered(self.config.networks):
+            wanted = not only or name == "dense" or name in only
+            if wanted and not self.paths.trained(name).exists():
+                self._train(name)
+
+    def _train(self, name: str) -> None:
+        d, settings = self.dataset, self.config.train
+        x, y = (a[:VALIDATION_IMAGES] for a in (d.x_validation, d.y_validation))
+        clock = Clock()
+        with self.reporter.bar(f"{name}: train", settings.epochs, "epochs") as advance:
+            done = 0
+
+            def on_epoch(record: training.EpochRecord) -> None:
+                nonlocal done
+                observed = jax.device_get(record.observations)
+                arrays = {"step": record.steps, **observed._asdict()}
+                _save_arrays(self.paths.dynamics(name, record.epoch), arrays)
+                validation = evaluate(
+                    self.network.apply,
+                    masks.effective(*record.ticket),
+                    x,
+                    y,
+                    threat=self.threat,
+                    attack=self.training_attack,
+                    key=self.key("validation"),
+                )
+                self.log.add(
+                    [
+                        {
+                            "stage": "train",
+                            "network": name,
+                            "step": int(record.steps[-1]),
+                            "epoch": record.epoch,
+                            "loss": float(record.loss.mean()),
+                            "accuracy": float(record.accuracy.mean()),
+                            "validation_natural": validation.natural.value,
+                            "validation_robust": validation.robust.value,
+                            "seconds": clock.lap(),
+                        },
+                        *self._gaps(name, record.epoch, arrays),
+                    ]
+                )
+                advance(record.epoch - done)
+                done = record.epoch
+
+            ticket = training.fit(
+                self.network.apply,
+                self.load_ticket(name),
+                d.x_train,
+                d.y_train,
+                config=settings,
+                threat=self.threat,
+                attack=self.training_attack,
+                key=self.key("train"),
+                observe=self.observe,
+                records=self.config.record.records_per_epoch,
+                callbacks=[on_epoch],
+                checkpoints=self.paths.checkpoints("train", name),
+            )
+        masks.save_ticket(ticket, self.paths.trained(name), {"network": name})
+
+    def _gaps(self, name: str, epoch: int, observed: dict[str, Any]) -> list[dict[str, Any]]:
+        """Distances to the dense network, and to the own initial kernel, at each observation."""
+        dense = observed if name == "dense" else np.load(self.paths.dynamics("dense", epoch))
+        start = observed if epoch == 1 else np.load(self.paths.dynamics(name, 1))
+        triples = zip(
+            observed["step"],
+            zip(observed["outputs"], dense["outputs"], strict=True),
+            zip(observed["kernel"], dense["kernel"], strict=True),
+            strict=True,
+        )
+        return [
+            {
+                "stage": "dynamics",
+                "network": name,
+                "step": int(step),
+                "dynamics_gap": float(target_distance(f_dense, f)),
+                "relative_gap": float(relative_target_distance(f_dense, f)),
+                "kernel_distance": float(kernel_distance(k_dense, k)),
+                "relative_kernel_distance": float(relative_kernel_distance(k_dense, k)),
+                "kernel_drift": float(relative_kernel_distance(start["kernel"][0], k)),
+            }
+            for step, (f, f_dense), (k, k_dense) in triples
+        ]
+
+    def evaluate(self) -> None:
+        """Natural and robust accuracy of every trained network on the test images."""
+        settings = self.config.evaluation
+        attack = self.attack(settings.evaluation_steps, settings.evaluation_restarts)
+        for name in ordered(self.config.networks):
+            if self.paths.evaluation(name).exists():
+                continue
+            clock = Clock()
+            outcome = self.evaluate_network(name, attack, self.threat)
+            arrays = {
+                "natural_correct": outcome.natural_correct,
+                "robust_correct": outcome.robust_correct,
+                "examples": outcome.images[:EXAMPLES],
+                "clean": self.dataset.x_test[:EXAMPLES],
+                "labels": self.dataset.y_test[:EXAMPLES],
+            }
+            row = {"stage": "evaluate", "network": name, "step": 0, "seconds": clock.lap()}
+            for part, share in (("natural", outcome.natural), ("robust", outcome.robust)):
+                row |= {
+                    f"{part}_accuracy": share.value,
+                    f"{part}_interval": [share.low, share.high],
+                }
+            self.log.add([row])
+            _save_arrays(self.paths.evaluation(name), arrays)
+
+    def evaluate_network(self, name: str, attack: PGD, threat: Threat) -> Evaluation:
+        """One trained network on the test images, under any attack and threat model."""
+        d = self.dataset
+        weights = masks.effective(*self.load_trained(name))
+        with self.reporter.bar(f"{name}: evaluate", len(d.x_test), "images") as advance:
+            done = 0
+
+            def on_batch(images: int) -> None:
+                nonlocal done
+                advance(images - done)
+                done = images
+
+            return evaluate(
+                self.network.apply,
+                weights,
+                d.x_test,
+                d.y_test,
+                threat=threat,
+                attack=attack,
+                key=self.key("evaluation"),
+                on_batch=on_batch,
+            )
+
+    def summarise(self) -> dict[str, Any]:
+        """Gather `results.json` from the records, draw the figures, write the report."""
+        results = {
+            "networks": {name: self._summary(name) for name in ordered(self.config.networks)},
+            "config": configs.to_dict(self.config),
+            "seed": self.config.seed,
+            "data_digest": self.dataset.digest,
+            "versions": versions(),
+            "seconds": self._seconds(),
+        }
+        text = json.dumps(results, indent=2) + "\n"
+        _replace(self.paths.results, lambda path: path.write_text(text, encoding="utf-8"))
+        report.write(self.paths.root)
+        return json.loads(text)
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        rows = [row for row in self.log.rows if row["network"] == name]
+        dynamics = [row for row in rows if row["stage"] == "dynamics"]
+        (accuracy,) = (row for row in rows if row["stage"] == "evaluate")
+        ticket = self.load_ticket(name)
+        first, gaps = dynamics[0], [row["dynamics_gap"] for row in dynamics]
+        return {
+            "density": masks.density(ticket.mask),
+            "natural_accuracy": accuracy["natural_accuracy"],
+            "natural_interval": accuracy["natural_interval"],
+            "robust_accuracy": accuracy["robust_accuracy"],
+            "robust_interval": accuracy["robust_interval"],
+            "kernel_distance": first["kernel_distance"],
+            "relative_kernel_distance": first["relative_kernel_distance"],
+            "target_distance": first["dynamics_gap"],
+            "relative_target_distance": first["relative_gap"],
+            "dynamics_gap": float(np.mean(gaps)),
+            "final_dynamics_gap": gaps[-1],
+            "layers": [row._asdict() for row in masks.statistics(ticket.mask, ticket.gain)],
+        }
+
+    def _seconds(self) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for row in self.log.rows:
+            if "seconds" in row:
+                stage = f"{row['stage']}.{row['network']}"
+                totals[stage] = round(totals.get(stage, 0.0) + row["seconds"], 3)
+        return totals
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the content of `results.json`."""
+        self.make_tickets()
+        self.train()
+        self.evaluate()
+        return self.summarise()
+
+
+class Clock:
+    """Wall-clock seconds between laps."""
+
+    def __init__(self):
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return round(seconds, 3)
+
+
+# ---------------------------------------------------------------- names and checks
+
+
+def network_label(name: str) -> str:
+    """Short name of a network: that of a ticket file is the file's stem."""
+    return Path(name).stem if name.endswith(".safetensors") else name
+
+
+def ordered(networks: tuple[str, ...]) -> list[str]:
+    """Short names with the dense network first: the others are compared with it while training."""
+    labels = [network_label(name) for name in networks]
+    return ["dense", *(label for label in labels if label != "dense")]
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise unless every name in the config is known, before anything is computed."""
+    known = ("dense", "ticket", *tickets.BASELINES)
+    for name in config.networks:
+        if name.endswith(".safetensors"):
+            if network_label(name) in known:
+                raise InputError(
+                    "network file", expected=f"a name other than {known}", got=name, fix="rename it"
+                )
+        else:
+            choose("network", name, (*known, "FILE.safetensors"))
+    models.check(config.model)
+    choose("allocation", config.mask.allocation, masks.ALLOCATIONS)
+    choose("threat model", config.threat.name, threats.THREATS)
+    choose("solver", config.ticket.solver, tickets.SOLVERS)
+    choose("loss", config.train.loss, training.LOSSES)
+    training.make_optimizer(config.train, 1)
+
+
+def _check_folder(config: RunConfig, paths: Paths) -> None:
+    """Raise if the folder holds a run of other settings, or other files."""
+    if paths.config.exists():
+        found, wanted = configs.identity(configs.load(paths.config)), configs.identity(config)
+        for name in wanted:
+            if found[name] != wanted[name]:
+                raise InputError(
+                    f"run folder {paths.root}, setting {name}",
+                    expected=f"{found[name]!r} as in its config.toml",
+                    got=repr(wanted[name]),
+                    fix="choose another --run-dir, or delete that folder",
+                )
+    elif paths.root.exists() and (not paths.root.is_dir() or any(paths.root.iterdir())):
+        raise InputError(
+            f"run folder {paths.root}",
+            expected="a run, an empty folder or no folder",
+            got="something else",
+            fix="choose another --run-dir",
+        )
+    parent = next(p for p in (paths.root, *paths.root.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(
+            f"run folder {paths.root}",
+            expected="a folder that can be written",
+            got=f"no permission in {parent}",
+            fix="choose another --run-dir",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the device."""
+    names = ("jax", "jaxlib", "flax", "optax", "neural-tangents", "numpy")
+    return {
+        "ntk-awt": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+    }
+
+
+def open_run(root: Path, reporter: Reporter | None = None) -> Run:
+    """The run in an existing folder.
+
+    Raises:
+        InputError: no run there.
+    """
+    if not Paths(root).config.exists():
+        raise InputError(f"run folder {root}", expected="a folder with config.toml", got="none")
+    return Run(configs.load(Paths(root).config), root, reporter)

@@ -1,0 +1,236 @@
+"""Figures from saved records only: nothing here computes a network.
+
+Each function takes rows of `metrics.jsonl`, `results.json` or saved arrays and returns a Matplotlib
+`Figure`; `save` writes it as SVG and PNG.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+_FIXED = {"dense": "#222222", "ticket": "#c8442e", "random": "#2f6fb0", "magnitude": "#5a9e4b"}
+_OTHERS = ("#8a5fb0", "#c79a2b", "#3aa6a0", "#a0527a", "#777777")
+_GRID = "#dddddd"
+
+
+def colors(networks: Sequence[str]) -> dict[str, str]:
+    """One colour a network, the same in every figure."""
+    others = [name for name in networks if name not in _FIXED]
+    extra = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
+    return {name: to_hex(_FIXED.get(name) or extra[name]) for name in networks}
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write `name.svg` and `name.png` (144 dots an inch)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # No date and no random identifiers: the same records give the same file, byte by byte.
+    with matplotlib.rc_context({"svg.hashsalt": "ntk-awt"}):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png", dpi=144)
+
+
+def _figure(columns: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(1.2 + 4.0 * columns, height), layout="constrained")
+    axes = list(np.ravel(figure.subplots(1, columns, squeeze=False)))
+    for ax in axes:
+        ax.grid(color=_GRID, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _networks(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["network"] for row in rows))
+
+
+def _lines(ax: Axes, rows: Rows, key: str, **style: Any) -> None:
+    palette = colors(_networks(rows))
+    for network, color in palette.items():
+        points = [(row["step"], row[key]) for row in rows if row["network"] == network]
+        ax.plot(*zip(*points, strict=True), color=color, label=network, **style)
+
+
+def training_curves(rows: Rows) -> Figure:
+    """Training loss, and natural and robust validation accuracy, against the step.
+
+    Args:
+        rows: of stage "train", with loss [nats] and accuracies in [0, 1].
+    """
+    figure, (loss, accuracy) = _figure(2)
+    _lines(loss, rows, "loss")
+    loss.set(xlabel="step", ylabel="training loss [nats]", yscale="log")
+    _lines(accuracy, rows, "validation_natural", linestyle="--")
+    _lines(accuracy, rows, "validation_robust")
+    accuracy.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1))
+    accuracy.set_title("dashed: natural, solid: robust", fontsize=9)
+    loss.legend(frameon=False)
+    return figure
+
+
+def dynamics(rows: Rows) -> Figure:
+    """Dynamics gap, kernel distance to the dense network, and kernel drift, against the step.
+
+    Args:
+        rows: of stage "dynamics".
+    """
+    figure, (gap, distance, drift) = _figure(3)
+    sparse = [row for row in rows if row["network"] != "dense"]
+    if sparse:
+        _lines(gap, sparse, "dynamics_gap", marker=".")
+        _lines(distance, sparse, "relative_kernel_distance", marker=".")
+        distance.set_yscale("log")
+        gap.legend(frameon=False)
+    _lines(drift, rows, "kernel_drift", marker=".")
+    gap.set(xlabel="step", ylabel="dynamics gap  ‖$f^d_t - f^s_t$‖ / √N  [logits]")
+    distance.set(xlabel="step", ylabel="‖$Θ^d_t - Θ^s_t$‖² / ‖$Θ^d_t$‖²")
+    drift.set(xlabel="step", ylabel="own drift  ‖$Θ_t - Θ_0$‖² / ‖$Θ_0$‖²")
+    drift.legend(frameon=False)
+    return figure
+
+
+def search(rows: Rows) -> Figure:
+    """Relative kernel and target distance on the held-out batch, against the search step.
+
+    Args:
+        rows: of stage "ticket".
+    """
+    figure, (ax,) = _figure(1)
+    steps = [row["step"] for row in rows]
+    for key, label in (
+        ("relative_kernel_distance", "kernel: ‖$Θ^d - Θ^s$‖² / ‖$Θ^d$‖²"),
+        ("relative_target_distance", "target: ‖$f^d - f^s$‖² / ‖$f^d$‖²"),
+    ):
+        ax.plot(steps, [row[key] for row in rows], marker=".", label=label)
+    ax.set(xlabel="search step", ylabel="relative distance (held out)", yscale="log")
+    ax.legend(frameon=False)
+    return figure
+
+
+def layer_densities(networks: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Density of each layer of each sparse network.
+
+    Args:
+        networks: `results["networks"]`.
+    """
+    figure, (ax,) = _figure(1)
+    sparse = {name: values for name, values in networks.items() if values["density"] < 1}
+    palette = colors(list(sparse))
+    width = 0.8 / max(len(sparse), 1)
+    for i, (name, values) in enumerate(sparse.items()):
+        layers = values["layers"]
+        at = np.arange(len(layers)) + (i - (len(sparse) - 1) / 2) * width
+        ax.bar(at, [row["density"] for row in layers], width, color=palette[name], label=name)
+        ax.set_xticks(range(len(layers)), [row["name"].split("/")[0] for row in layers])
+    ax.set(ylabel="density (kept / all weights)", yscale="log")
+    if sparse:
+        ax.legend(frameon=False)
+    return figure
+
+
+def accuracies(networks: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Natural and robust test accuracy of each network, with 95 % intervals.
+
+    Args:
+        networks: `results["networks"]`.
+    """
+    figure, (ax,) = _figure(1)
+    palette = colors(list(networks))
+    for i, (name, values) in enumerate(networks.items()):
+        for part, marker, shift in (("natural", "o", -0.1), ("robust", "s", 0.1)):
+            value, (low, high) = values[f"{part}_accuracy"], values[f"{part}_interval"]
+            ax.errorbar(
+                i + shift,
+                value,
+                [[value - low], [high - value]],
+                color=palette[name],
+                marker=marker,
+                markerfacecolor="white" if part == "natural" else None,
+                capsize=3,
+            )
+    ax.set_xticks(range(len(networks)), list(networks))
+    ax.set(ylabel="test accuracy", ylim=(0, 1))
+    ax.set_title("circle: natural, square: robust", fontsize=9)
+    return figure
+
+
+def examples(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Test images, and what the attack makes of them for each network.
+
+    Args:
+        arrays: for each network `clean`, `examples` [n, height, width, channels] in [0, 1] and
+            `robust_correct`, `natural_correct` [≥ n]. Flat features are drawn as one row.
+    """
+    first = next(iter(arrays.values()))
+    columns = len(first["clean"])
+    figure = Figure(figsize=(1.2 * columns + 1, 1.3 * (len(arrays) + 1)), layout="constrained")
+    grid = figure.subplots(len(arrays) + 1, columns, squeeze=False)
+
+    def show(ax: Axes, image: np.ndarray, title: str) -> None:
+        pixels = np.atleast_3d(image) if image.ndim > 1 else image[None, :, None]
+        gray = pixels.shape[-1] != 3
+        ax.imshow(pixels[..., 0] if gray else pixels, cmap="gray" if gray else None, vmin=0, vmax=1)
+        ax.set_title(title, fontsize=8)
+        ax.set(xticks=[], yticks=[])
+
+    for j in range(columns):
+        show(grid[0, j], first["clean"][j], f"label {first['labels'][j]}")
+    for i, (_, values) in enumerate(arrays.items(), start=1):
+        for j in range(columns):
+            state = "robust" if values["robust_correct"][j] else "fooled"
+            state = state if values["natural_correct"][j] else "wrong when clean"
+            show(grid[i, j], values["examples"][j], state)
+    for ax, name in zip(grid[:, 0], ("clean", *arrays), strict=True):
+        ax.set_ylabel(name, fontsize=9)
+    return figure
+
+
+def kernel(matrix: np.ndarray, title: str) -> Figure:
+    """A kernel [n1, n2, c, c] as a picture of its mean over outputs, and its spectrum if square.
+
+    Args:
+        matrix: the kernel, in squared logits per squared parameter.
+        title: of the figure.
+    """
+    mean = np.trace(matrix, axis1=2, axis2=3) / matrix.shape[2]
+    square = mean.shape[0] == mean.shape[1]
+    figure, axes = _figure(2 if square else 1)
+    image = axes[0].imshow(mean, cmap="magma", interpolation="nearest")
+    axes[0].grid(False)
+    axes[0].set(xlabel="column image", ylabel="row image", title=title)
+    figure.colorbar(image, ax=axes[0], label="Θ, mean over outputs")
+    if square:
+        values = np.linalg.svd(mean, compute_uv=False)
+        axes[1].semilogy(np.arange(1, len(values) + 1), values, marker=".")
+        axes[1].set(xlabel="index", ylabel="singular value of the mean over outputs")
+    return figure
+
+
+def compare(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Robust accuracy against density, one series a kind of network, over several runs.
+
+    Args:
+        runs: `results.json` of each run, by name.
+    """
+    figure, (accuracy, gap) = _figure(2)
+    names = list(dict.fromkeys(n for results in runs.values() for n in results["networks"]))
+    for name, color in colors(names).items():
+        found = [r["networks"][name] for r in runs.values() if name in r["networks"]]
+        found.sort(key=lambda values: values["density"])
+        density = [values["density"] for values in found]
+        robust = np.array([values["robust_accuracy"] for values in found])
+        low, high = np.transpose([values["robust_interval"] for values in found])
+        bars = [robust - low, high - robust]
+        accuracy.errorbar(density, robust, bars, marker="o", color=color, label=name, capsize=3)
+        if name != "dense":
+            gap.plot(density, [v["dynamics_gap"] for v in found], marker="o", color=color)
+    accuracy.set(xlabel="density", ylabel="robust test accuracy", xscale="log")
+    gap.set(xlabel="density", ylabel="dynamics gap, mean over steps [logits]", xscale="log")
+    accuracy.legend(frameon=False)
+    return figure

@@ -1,0 +1,150 @@
+"""The HTML report, from the records of one or several run folders; nothing is computed again."""
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ntk_awt import plots
+from ntk_awt.errors import InputError
+
+
+def read_results(root: Path) -> dict[str, Any]:
+    """`results.json` of a finished run.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    path = root / "results.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"run folder {root}",
+            expected="a finished run with results.json",
+            got=str(error),
+            fix=f"finish it: ntk-awt run --config {root / 'config.toml'} --run-dir {root}",
+        ) from None
+
+
+def _rows(root: Path, stage: str) -> list[dict[str, Any]]:
+    lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["stage"] == stage]
+
+
+def draw(root: Path) -> dict[str, str]:
+    """Draw every figure of a run from its records; returns the caption of each file name."""
+    results = read_results(root)
+    networks = results["networks"]
+    arrays = {name: np.load(root / "evaluation" / f"{name}.npz") for name in networks}
+    figures = {
+        "dynamics": (
+            plots.dynamics(_rows(root, "dynamics")),
+            "Distance to the dense network, and drift of the own kernel, on the fixed probe set "
+            "of clean images and their fixed perturbed versions.",
+        ),
+        "training": (
+            plots.training_curves(_rows(root, "train")),
+            "Training loss (under attack, if the loss attacks) and validation accuracy.",
+        ),
+        "accuracy": (
+            plots.accuracies(networks),
+            "Test accuracy with 95 % Clopper–Pearson intervals over the test images.",
+        ),
+        "density": (plots.layer_densities(networks), "Density of each layer."),
+        "examples": (
+            plots.examples(arrays),
+            "First test images, and the attacked version for each network.",
+        ),
+    }
+    if search := _rows(root, "ticket"):
+        figures["search"] = (
+            plots.search(search),
+            "The ticket search: both distances to the dense network on a held-out batch.",
+        )
+    for name, (figure, _) in figures.items():
+        plots.save(figure, root / "figures", name)
+    return {name: caption for name, (_, caption) in figures.items()}
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ntk_awt"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def write(root: Path) -> Path:
+    """Draw a run's figures and write its self-contained `report.html`.
+
+    Args:
+        root: a finished run's folder.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    figures = [
+        (name, caption, _embedded(root / "figures" / f"{name}.svg"))
+        for name, caption in draw(root).items()
+    ]
+    path = root / "report.html"
+    text = _render(
+        "report.html",
+        name=root.absolute().name,
+        results=read_results(root),
+        figures=figures,
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def compare(roots: list[Path], path: Path) -> Path:
+    """Write one page that compares several finished runs.
+
+    Args:
+        roots: run folders.
+        path: of the page.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: a run that is not finished, or two folders of the same name.
+    """
+    runs: Mapping[str, Any] = {root.absolute().name: read_results(root) for root in roots}
+    if len(runs) != len(roots):
+        raise InputError("run folders", expected="different names", got=", ".join(map(str, roots)))
+    flat = {name: _flat(results["config"]) for name, results in runs.items()}
+    settings = dict.fromkeys(key for values in flat.values() for key in values)
+    differing = {
+        key: [values.get(key, "") for values in flat.values()]
+        for key in settings
+        if len({str(values.get(key, "")) for values in flat.values()}) > 1
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plots.save(plots.compare(runs), path.parent, path.stem)
+    picture = _embedded(path.parent / f"{path.stem}.svg")
+    text = _render("compare.html", runs=runs, differing=differing, picture=picture)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    tables = {key: value for key, value in config.items() if isinstance(value, dict)}
+    flat = {key: value for key, value in config.items() if key not in tables}
+    return flat | {f"{t}.{key}": v for t, table in tables.items() for key, v in table.items()}
