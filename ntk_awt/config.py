@@ -156,13 +156,13 @@ class TrainConfig:
 
     loss: str = "adversarial"
     """adversarial, natural or trades."""
-    epochs: int = 20
+    epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
     """Images a step; the last incomplete batch of an epoch is dropped."""
     optimizer: str = "adam"
     """sgd, momentum, adam or adamw (from Optax)."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: str = "cosine"
     """constant, or cosine down to zero."""

@@ -374,3 +374,33 @@ def test_evaluation_under_another_threat(finished):
     assert none.robust == none.natural
     everything = finished.evaluate_network("dense", PGD(5), Linf(1.0))
     assert everything.robust.value < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "data"), [("lenet5", "mnist"), ("conv4", "cifar10")])
+def test_convolutional_networks_on_real_images(real_data, tmp_path, model, data):
+    """The whole path on a few real images, with L2 and TRADES."""
+    config = dataclasses.replace(
+        CONFIG,
+        networks=("dense", "ticket", "magnitude"),
+        data=DataConfig(
+            name=data,
+            data_dir=real_data,
+            train_size=100,
+            test_size=50,
+            validation_fraction=0.002,
+        ),
+        model=ModelConfig(name=model),
+        mask=MaskConfig(density=0.1),
+        threat=configs.ThreatConfig(name="l2", epsilon=0.5),
+        ticket=TicketConfig(ticket_steps=2, ticket_batch_size=2, ticket_records=1),
+        train=TrainConfig(epochs=1, batch_size=50, loss="trades"),
+        record=RecordConfig(probe_size=2),
+    )
+    results = experiment.Run(config, tmp_path / "run").run()
+    for name in ("ticket", "magnitude"):
+        values = results["networks"][name]
+        assert values["density"] == pytest.approx(0.1, abs=1e-4)
+        assert np.isfinite(values["dynamics_gap"])
+    layers = [layer["name"] for layer in results["networks"]["ticket"]["layers"]]
+    assert layers[0] == "conv1/kernel"

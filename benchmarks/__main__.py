@@ -1,0 +1,43 @@
+"""`python -m benchmarks [NAME…] [--json FILE]`: run, print a table, write the rows."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from ntk_awt.errors import choose
+
+from . import attacks
+
+BENCHMARKS = {"attacks": attacks.run}
+
+
+def main(
+    names: Positional[tuple[str, ...]] = (),
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+) -> None:
+    """Time ours and a peer in the same run.
+
+    Args:
+        names: which benchmarks; all if not given.
+        json_file: write the rows there as well.
+    """
+    for name in names:
+        choose("benchmark", name, BENCHMARKS)
+    rows = [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]
+    table = Table("what", "ours \\[ms]", "peer \\[ms]", "peer / ours", "first call \\[s]", "peer")
+    for row in rows:
+        numbers = (row[key] for key in ("ours", "peer", "ratio", "compile_seconds"))
+        table.add_row(row["name"], *(f"{value:.3g}" for value in numbers), row["peer_name"])
+    Console().print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,106 @@
+"""PGD and a PGD training step against their floor: the bare forward-backward passes in them.
+
+40-step PGD is 40 passes of loss and input gradient and one forward pass; a training step under
+10-step PGD is 11 of the former plus one pass of loss and parameter gradient. Both floors are timed
+as a jitted scan of such passes and nothing else, so a ratio of 1 would be free projections, starts,
+and updates.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntk_awt import masks, models, training
+from ntk_awt.attacks import PGD, cross_entropy, example_keys
+from ntk_awt.config import ModelConfig, TrainConfig
+from ntk_awt.threats import Linf
+from ntk_awt.types import Network, Params
+
+from .timing import compare
+
+BATCH = 128
+
+
+def networks() -> dict[str, Network]:
+    """MLP 784-300-100-10 and LeNet-5 (Caffe) on 28×28 images."""
+    return {
+        name: models.build(ModelConfig(name=name), (28, 28, 1), 10, jax.random.key(0))
+        for name in ("mlp", "lenet5")
+    }
+
+
+class Inputs(NamedTuple):
+    """One batch of random images with labels."""
+
+    x: jax.Array
+    y: jax.Array
+
+
+def inputs(n: int) -> Inputs:
+    """Random images [n, 28, 28, 1] and labels [n]."""
+    x = jax.random.uniform(jax.random.key(1), (n, 28, 28, 1))
+    return Inputs(x, jax.random.randint(jax.random.key(2), (n,), 0, 10))
+
+
+def passes(network: Network, batch: Inputs, count: int) -> Callable[[], jax.Array]:
+    """A jitted scan of `count` passes of loss and input gradient."""
+
+    @jax.jit
+    def run(params: Params, batch: Inputs) -> jax.Array:
+        loss = cross_entropy(network.apply, params, batch.y)
+        gradient = jax.grad(lambda z: loss(z).sum())
+
+        def step(z: jax.Array, _: None) -> tuple[jax.Array, None]:
+            # The next input depends on the last gradient, or the compiler would drop the pass.
+            return z + 1e-3 * gradient(z), None
+
+        return jax.lax.scan(step, batch.x, length=count)[0]
+
+    return lambda: run(network.params, batch)
+
+
+def attack_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
+    """40-step PGD."""
+    batch, attack, threat = inputs(BATCH), PGD(steps=40), Linf(0.1)
+    keys = example_keys(jax.random.key(3), jnp.arange(BATCH))
+
+    @jax.jit
+    def pgd(params: Params, batch: Inputs, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return attack.run(cross_entropy(network.apply, params, batch.y), batch.x, threat, keys)
+
+    return compare(
+        f"PGD-40, L∞, {name}, batch {BATCH}",
+        lambda: pgd(network.params, batch, keys),
+        passes(network, batch, 40),
+        "40 bare forward-backward passes",
+        repeats=repeats,
+    )
+
+
+def training_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
+    """Eight training steps under 10-step PGD, through `fit` with all its set-up."""
+    steps = 8
+    many = inputs(steps * BATCH)
+    config = TrainConfig(epochs=1, batch_size=BATCH)
+    params = network.params
+    ticket = masks.Ticket(params, masks.ones(params), masks.unit_gain(params))
+    options = {"threat": Linf(0.1), "attack": PGD(steps=10), "key": jax.random.key(4)}
+    return compare(
+        f"{steps} training steps under PGD-10, {name}, batch {BATCH}",
+        lambda: training.fit(network.apply, ticket, *many, config=config, **options).params,
+        passes(network, inputs(BATCH), 11),
+        f"11 bare forward-backward passes, times {steps}",
+        repeats=repeats,
+        peer_calls=steps,
+    )
+
+
+def run(repeats: int = 5) -> list[dict[str, Any]]:
+    """Two rows for each network."""
+    return [
+        row(name, network, repeats)
+        for name, network in networks().items()
+        for row in (attack_row, training_row)
+    ]

@@ -1,0 +1,85 @@
+"""How everything here is timed: compilation apart, warm-up, ready results, median of several."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from ntk_awt.experiment import versions
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; `ratio` = peer / ours, so more than 1 means that ours is faster.
+
+    Attributes:
+        name: what is computed, with its sizes.
+        ours, peer: median time of one call, in `unit`.
+        peer_name: what ours is compared with.
+        ratio: peer / ours.
+        compile_seconds: first call of ours, compilation included.
+        unit: of both times.
+        device, versions: where it was measured.
+    """
+
+    name: str
+    ours: float
+    peer: float
+    peer_name: str
+    ratio: float
+    compile_seconds: float
+    unit: str
+    device: str
+    versions: dict[str, str]
+
+
+def seconds(call: Callable[[], Any], *, repeats: int) -> tuple[float, float]:
+    """Seconds of the first call, and the median of `repeats` later ones after one warm-up."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+
+    first = once()
+    once()
+    return first, statistics.median(once() for _ in range(repeats))
+
+
+def compare(
+    name: str,
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    peer_name: str,
+    *,
+    repeats: int,
+    peer_calls: float = 1.0,
+) -> dict[str, Any]:
+    """Time two computations one after the other, as a row of the JSON file.
+
+    Args:
+        name: what is computed, with its sizes.
+        ours, peer: functions without arguments that return arrays.
+        peer_name: what ours is compared with.
+        repeats: timed calls of each.
+        peer_calls: multiplies the peer's time, where ours does the peer's work that many times.
+    """
+    first, mine = seconds(ours, repeats=repeats)
+    _, theirs = seconds(peer, repeats=repeats)
+    theirs *= peer_calls
+    found = versions()
+    row = Row(
+        name=name,
+        ours=1e3 * mine,
+        peer=1e3 * theirs,
+        peer_name=peer_name,
+        ratio=theirs / mine,
+        compile_seconds=first,
+        unit="ms",
+        device=found.pop("device"),
+        versions=found,
+    )
+    return asdict(row)
