@@ -8,7 +8,7 @@ demo: .venv/run
 	$(BIN)/ntk-awt run
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
