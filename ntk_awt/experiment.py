@@ -577,6 +577,9 @@ def check_names(config: RunConfig) -> None:
                 )
         else:
             choose("network", name, (*known, "FILE.safetensors"))
+    labels = [network_label(name) for name in config.networks]
+    if len(set(labels)) != len(labels):
+        raise InputError("network files", expected="different file names", got=", ".join(labels))
     models.check(config.model)
     choose("allocation", config.mask.allocation, masks.ALLOCATIONS)
     choose("threat model", config.threat.name, threats.THREATS)

@@ -315,6 +315,8 @@ def test_folder_with_other_files_is_refused(tmp_path):
         ({"networks": ("dense", "tickt")}, "did you mean 'ticket'"),
         ({"networks": ("ticket",)}, "dense among them"),
         ({"networks": ("dense", "dense")}, "each once"),
+        ({"networks": ("dense", "a/m.safetensors", "b/m.safetensors")}, "different file names"),
+        ({"networks": ("dense", "a/random.safetensors")}, "rename it"),
         ({"data": DataConfig(name="mnits")}, "did you mean 'mnist'"),
         ({"model": ModelConfig(name="mpl")}, "one of conv4, lenet5, mlp"),
         ({"model": ModelConfig(activation="rely")}, "did you mean 'relu'"),

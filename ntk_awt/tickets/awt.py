@@ -75,6 +75,10 @@ def awt(apply: ApplyFn, config: TicketConfig) -> Solver:
         if config.reselect_every:
             due = (state.step + 1) % config.reselect_every == 0
             ticket = jax.lax.cond(due, lambda t: regrow(t, target, state.step), lambda t: t, ticket)
+            # A dropped weight's momentum would move it on, and come back when it is grown again.
+            optimizer_state = optax.tree_utils.tree_map_params(
+                optimizer, lambda moment, m: moment * m, optimizer_state, ticket.mask
+            )
         return SolverState(state.step + 1, ticket, optimizer_state), (value, values)
 
     def regrow(ticket: Ticket, target: Target, step: jax.Array) -> Ticket:
