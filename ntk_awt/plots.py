@@ -42,6 +42,7 @@ def _figure(columns: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     axes = list(np.ravel(figure.subplots(1, columns, squeeze=False)))
     for ax in axes:
         ax.grid(color=_GRID, linewidth=0.6)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
