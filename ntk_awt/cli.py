@@ -66,7 +66,7 @@ class Bars:
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(label, total=total, unit=unit)
-            yield lambda units: progress.update(task, advance=units)
+            yield lambda done: progress.update(task, completed=done)
 
 
 # ---------------------------------------------------------------- commands

@@ -65,7 +65,7 @@ class Reporter(Protocol):
     def bar(
         self, label: str, total: int, unit: str
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """A progress bar over `total` units; calling what it gives moves it on by some."""
+        """A progress bar over `total` units; what it gives is called with the units done."""
         ...
 
 
@@ -75,7 +75,7 @@ class Silent:
     @contextmanager
     def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """See `Reporter.bar`."""
-        yield lambda units: None
+        yield lambda done: None
 
 
 # ---------------------------------------------------------------- the folder
@@ -329,13 +329,10 @@ class Run:
         folder = self.paths.checkpoints("search", "ticket")
         bar = self.reporter.bar("ticket: search", settings.ticket_steps, "steps")
         clock = Clock()
-        with bar as advance, Checkpoints(folder) as saved:
+        with bar as show, Checkpoints(folder) as saved:
             state = saved.latest(tickets.start(apply, settings, first))
-            advance(int(state.step))
-            done = int(state.step)
 
             def on_record(state: tickets.SolverState, record: tickets.SearchRecord) -> None:
-                nonlocal done
                 row: dict[str, Any] = {"stage": "ticket", "network": "ticket", "step": record.step}
                 row |= {
                     f"{name}_distance": float(v) for name, v in record.distances._asdict().items()
@@ -344,8 +341,7 @@ class Run:
                     row["objective"] = float(record.objective.mean())
                 self.log.add([row | {"seconds": clock.lap()}])
                 saved.save(record.step, state)
-                advance(record.step - done)
-                done = record.step
+                show(record.step)
 
             state = tickets.search(
                 apply, problem, state, held_out, attack=attack, config=settings, on_record=on_record
@@ -363,11 +359,9 @@ class Run:
         d, settings = self.dataset, self.config.train
         x, y = (a[:VALIDATION_IMAGES] for a in (d.x_validation, d.y_validation))
         clock = Clock()
-        with self.reporter.bar(f"{name}: train", settings.epochs, "epochs") as advance:
-            done = 0
+        with self.reporter.bar(f"{name}: train", settings.epochs, "epochs") as show:
 
             def on_epoch(record: training.EpochRecord) -> None:
-                nonlocal done
                 observed = jax.device_get(record.observations)
                 arrays = {"step": record.steps, **observed._asdict()}
                 _save_arrays(self.paths.dynamics(name, record.epoch), arrays)
@@ -396,8 +390,7 @@ class Run:
                         *self._gaps(name, record.epoch, arrays),
                     ]
                 )
-                advance(record.epoch - done)
-                done = record.epoch
+                show(record.epoch)
 
             ticket = training.fit(
                 self.network.apply,
@@ -468,14 +461,7 @@ class Run:
         """One trained network on the test images, under any attack and threat model."""
         d = self.dataset
         weights = masks.effective(*self.load_trained(name))
-        with self.reporter.bar(f"{name}: evaluate", len(d.x_test), "images") as advance:
-            done = 0
-
-            def on_batch(images: int) -> None:
-                nonlocal done
-                advance(images - done)
-                done = images
-
+        with self.reporter.bar(f"{name}: evaluate", len(d.x_test), "images") as show:
             return evaluate(
                 self.network.apply,
                 weights,
@@ -484,7 +470,7 @@ class Run:
                 threat=threat,
                 attack=attack,
                 key=self.key("evaluation"),
-                on_batch=on_batch,
+                on_batch=show,
             )
 
     def summarise(self) -> dict[str, Any]:
