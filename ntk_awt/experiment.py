@@ -411,7 +411,8 @@ class Run:
     def _gaps(self, name: str, epoch: int, observed: dict[str, Any]) -> list[dict[str, Any]]:
         """Distances to the dense network, and to the own initial kernel, at each observation."""
         dense = observed if name == "dense" else np.load(self.paths.dynamics("dense", epoch))
-        start = observed if epoch == 1 else np.load(self.paths.dynamics(name, 1))
+        first = observed if epoch == 1 else np.load(self.paths.dynamics(name, 1))
+        initial_kernel = first["kernel"][0]  # once: an .npz file reads it anew at each access
         triples = zip(
             observed["step"],
             zip(observed["outputs"], dense["outputs"], strict=True),
@@ -427,7 +428,7 @@ class Run:
                 "relative_gap": float(relative_target_distance(f_dense, f)),
                 "kernel_distance": float(kernel_distance(k_dense, k)),
                 "relative_kernel_distance": float(relative_kernel_distance(k_dense, k)),
-                "kernel_drift": float(relative_kernel_distance(start["kernel"][0], k)),
+                "kernel_drift": float(relative_kernel_distance(initial_kernel, k)),
             }
             for step, (f, f_dense), (k, k_dense) in triples
         ]

@@ -89,16 +89,21 @@ def _norms(v: Images) -> jax.Array:
     return jnp.linalg.norm(_rows(v), axis=1).reshape(-1, *[1] * (v.ndim - 1))
 
 
-@register
 @dataclass(frozen=True)
-class Linf:
-    """B(x) = {z in the box: max_i |z_i − x_i| ≤ ε}."""
+class _Ball:
+    """Radius and pixel box of a threat model."""
 
     epsilon: Any
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
         object.__setattr__(self, "epsilon", _round_down(self.epsilon))
+
+
+@register
+@dataclass(frozen=True)
+class Linf(_Ball):
+    """B(x) = {z in the box: max_i |z_i − x_i| ≤ ε}."""
 
     def project(self, z: Images, x: Images) -> Images:
         """Clip to [x − ε, x + ε] and the box: the Euclidean and the L∞ projection at once.
@@ -125,14 +130,8 @@ class Linf:
 
 @register
 @dataclass(frozen=True)
-class L2:
+class L2(_Ball):
     """B(x) = {z in the box: ‖z − x‖₂ ≤ ε}."""
-
-    epsilon: Any
-    bounds: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self):
-        object.__setattr__(self, "epsilon", _round_down(self.epsilon))
 
     def _radius(self, x: Images) -> jax.Array:
         """ε less the rounding errors of the norm, the scaling and the sum x + v; 0 below those.

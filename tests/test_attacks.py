@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from ntk_awt.attacks import ATTACKS, PGD, cross_entropy, example_keys, perturb
 from ntk_awt.errors import InputError
 from ntk_awt.threats import THREATS, Linf
+from tests.counting import Counting
 
 U = 2.0**-24  # unit roundoff of float32
 ORDER = {"linf": np.inf, "l2": 2}
@@ -442,18 +443,6 @@ def test_perturb_bad_input(bad: str):
 
 
 # ---------------------------------------------------------------- attacks that break the contract
-
-
-@dataclass(frozen=True)
-class Counting:
-    """An attack that counts how often it is traced."""
-
-    attack: Any
-    traces: list[int] = field(default_factory=list, compare=False)
-
-    def run(self, *arguments: Any) -> Any:
-        self.traces.append(1)
-        return self.attack.run(*arguments)
 
 
 @dataclass(frozen=True)

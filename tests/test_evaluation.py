@@ -1,6 +1,6 @@
 """Accuracies against a NumPy loop, intervals against their definition, batches that don't show."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from ntk_awt.attacks import PGD
 from ntk_awt.errors import InputError
 from ntk_awt.evaluation import evaluate, proportion
 from ntk_awt.threats import L2, THREATS, Linf
+from tests.counting import Counting
 
 N, D, CLASSES = 23, 8, 3
 STEPS, EPSILON = 4, 0.1
@@ -24,18 +25,6 @@ Y = np.where(RNG.uniform(size=N) < 0.8, (X @ W).argmax(1), RNG.integers(0, CLASS
 
 def apply(params: Any, x: Any) -> Any:
     return x @ params
-
-
-@dataclass(frozen=True)
-class Counting:
-    """An attack that counts how often it is traced."""
-
-    attack: Any
-    traces: list[int] = field(default_factory=list, compare=False)
-
-    def run(self, *arguments: Any) -> Any:
-        self.traces.append(1)
-        return self.attack.run(*arguments)
 
 
 FIXED = PGD(steps=STEPS, random_start=False)

@@ -23,17 +23,9 @@ SOLVERS: dict[str, Callable[[ApplyFn, TicketConfig], Solver]] = {"awt": awt}
 """Solvers by name: `(apply, config) -> Solver`."""
 
 
-def _random(key: Key, params: Params) -> masks.Scores:
-    return masks.random_scores(key, params)
-
-
-def _magnitude(key: Key, params: Params) -> masks.Scores:
-    return masks.magnitude_scores(params)
-
-
 BASELINES: dict[str, Callable[[Key, Params], masks.Scores]] = {
-    "random": _random,
-    "magnitude": _magnitude,
+    "random": masks.random_scores,
+    "magnitude": lambda key, params: masks.magnitude_scores(params),
 }
 """Masks that need no search, by name: `(key, params) -> scores`."""
 
