@@ -55,6 +55,8 @@ class ModelConfig:
     """Hidden widths of the MLP, in units; the convolutional models have their published ones."""
     activation: str = "relu"
     """relu, gelu, erf or tanh."""
+    pooling: str = "max"
+    """max or average: 2×2 pooling of the convolutional models (analytic kernels need average)."""
     parametrization: str = "standard"
     """standard (the scale is in the weights) or ntk (the scale is in the forward pass)."""
     weight_std: float = 2.0**0.5
@@ -67,6 +69,7 @@ class ModelConfig:
             check_number("widths", width, low=1)
         check_number("weight_std", self.weight_std, low=0, low_open=True)
         check_number("bias_std", self.bias_std, low=0)
+        choose("pooling", self.pooling, ("max", "average"))
         choose("parametrization", self.parametrization, ("standard", "ntk"))
 
 
@@ -91,12 +94,17 @@ class ThreatConfig:
     """What the adversary may do to an image."""
 
     name: Annotated[str, arg(name="threat")] = "linf"
-    """linf or l2."""
+    """linf, l2 or strong-l2 (an L2 ball whose part in a signal subspace is limited further)."""
     epsilon: float = 0.1
     """Radius of the ball, in units of the pixel range [0, 1]."""
+    delta: float = 0.05
+    """strong-l2: limit on the part of the perturbation in the signal subspace, as for epsilon."""
+    basis: str = "class-means"
+    """strong-l2: class-means (the span of their differences), or a FILE.npy or FILE.npz [d, k]."""
 
     def __post_init__(self):
         check_number("epsilon", self.epsilon, low=0)
+        check_number("delta", self.delta, low=0)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from ntk_awt.config import (
 from ntk_awt.errors import InputError
 
 CHOICES = {
+    "pooling": ["max", "average"],
     "parametrization": ["standard", "ntk"],
     "gain": ["energy", "none"],
     "distance": ["relative", "absolute"],
@@ -127,6 +128,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ("model.widths", (10, 0), "[1, ∞)"),
         ("model.weight_std", 0.0, "(0, ∞)"),
         ("model.bias_std", -0.1, "[0, ∞)"),
+        ("model.pooling", "avg", "one of average, max, got 'avg'"),
         ("model.parametrization", "ntx", "one of ntk, standard, got 'ntx'; did you mean 'ntk'?"),
         ("mask.density", 0.0, "(0, 1]"),
         ("mask.density", 1.01, "(0, 1]"),

@@ -71,10 +71,11 @@ def convolve(x: np.ndarray, kernel: np.ndarray, padding: str) -> np.ndarray:
     return y
 
 
-def pool(x: np.ndarray) -> np.ndarray:
-    """The largest of each 2×2 square."""
+def pool(x: np.ndarray, pooling: str) -> np.ndarray:
+    """The largest, or the mean, of each 2×2 square."""
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    return np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+    squares = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    return {"max": np.max, "average": np.mean}[pooling](squares, axis=0)
 
 
 def reference(name: str, params: Any, x: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -98,7 +99,7 @@ def reference(name: str, params: Any, x: np.ndarray, config: ModelConfig) -> np.
             kernel, bias = values(layer)
             padding = "VALID" if name == "lenet5" else "SAME"
             x = activation(convolve(x, kernel, padding) + bias)
-        x = pool(x)
+        x = pool(x, config.pooling)
     x = x.reshape(len(x), -1)
     last = sum(layer.startswith("dense") for layer in params)
     for i in range(1, last + 1):
@@ -123,19 +124,21 @@ def test_reference_convolution_is_scipys():
 
 @pytest.mark.parametrize("parametrization", ["standard", "ntk"])
 @pytest.mark.parametrize(
-    ("name", "activation"),
+    ("name", "activation", "pooling"),
     [
-        ("mlp", "relu"),
-        ("mlp", "gelu"),
-        ("mlp", "erf"),
-        ("mlp", "tanh"),
-        ("lenet5", "relu"),
-        ("conv4", "tanh"),
+        ("mlp", "relu", "max"),
+        ("mlp", "gelu", "max"),
+        ("mlp", "erf", "max"),
+        ("mlp", "tanh", "max"),
+        ("lenet5", "relu", "max"),
+        ("lenet5", "erf", "average"),
+        ("conv4", "tanh", "max"),
+        ("conv4", "relu", "average"),
     ],
 )
-def test_forward_pass(name: str, activation: str, parametrization: str):
-    config = config_of(name, parametrization, activation=activation)
-    network = small(name, parametrization, activation=activation)
+def test_forward_pass(name: str, activation: str, pooling: str, parametrization: str):
+    config = config_of(name, parametrization, activation=activation, pooling=pooling)
+    network = small(name, parametrization, activation=activation, pooling=pooling)
     x = images(name)
     expected = reference(name, network.params, x, config)
     assert np.abs(expected).max() > 0.1
@@ -143,6 +146,62 @@ def test_forward_pass(name: str, activation: str, parametrization: str):
         params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), network.params)
         actual = jax.jit(network.apply)(params, jnp.asarray(x))
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+POOLED = [(2, 4, 6, 3), (1, 5, 7, 2), (3, 2, 3, 1)]
+"""Batches with even and odd sides."""
+
+
+def values(shape: Shape, *, ties: bool = False) -> np.ndarray:
+    x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    return np.round(x) if ties else x
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("shape", POOLED)
+def test_max_pooling_is_flaxs_bit_by_bit(shape: Shape, ties: bool):
+    x = values(shape, ties=ties)
+    flax = nnx.max_pool(jnp.asarray(x), (2, 2), strides=(2, 2))
+    np.testing.assert_array_equal(models.max_pool(jnp.asarray(x)), flax)
+    np.testing.assert_array_equal(flax, pool(x, "max"))
+
+
+@pytest.mark.parametrize("shape", POOLED)
+def test_average_pooling(shape: Shape):
+    x = values(shape)
+    actual = models.average_pool(jnp.asarray(x))
+    np.testing.assert_allclose(actual, pool(x, "average"), rtol=1e-6, atol=1e-6)
+    assert np.abs(actual - pool(x, "max")).max() > 0.1
+
+
+def shares(x: np.ndarray, upstream: np.ndarray) -> np.ndarray:
+    """Gradient of max pooling: what a square receives, divided among its largest entries."""
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(upstream.shape):
+        n, row, column, channel = index
+        at = (n, slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2), channel)
+        largest = x[at] == x[at].max()
+        gradient[at] = upstream[index] * largest / largest.sum()
+    return gradient
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("shape", POOLED)
+def test_gradient_of_max_pooling(shape: Shape, ties: bool):
+    x = values(shape, ties=ties)
+    upstream = values((shape[0], shape[1] // 2, shape[2] // 2, shape[3]))
+
+    def gradient(layer: Callable[[jax.Array], jax.Array]) -> np.ndarray:
+        _, pull = jax.vjp(layer, jnp.asarray(x))
+        return np.asarray(pull(jnp.asarray(upstream))[0])
+
+    actual, expected = gradient(models.max_pool), shares(x, upstream)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    first_of_ties = gradient(lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2)))
+    if ties and shape[0] > 1:
+        assert np.abs(first_of_ties - expected).max() > 1e-3
+    elif not ties:
+        np.testing.assert_array_equal(actual, first_of_ties)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
