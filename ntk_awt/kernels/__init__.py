@@ -1,20 +1,56 @@
-"""Tangent kernels of dense and masked networks, and distances between them.
+"""Tangent kernels of dense and masked networks, and measures of them.
 
-`ntk_awt.kernels.compat` makes neural-tangents work on current JAX; import it for analytic kernels.
+`empirical` computes the kernel of any network; `plan` says beforehand how, and at what cost. Import
+`kernels.probes` for estimates of kernels that don't fit, `kernels.analytic` for infinite width
+(through neural-tangents, which `kernels.compat` makes work on current JAX).
 """
 
 from ntk_awt.kernels.empirical import empirical
 from ntk_awt.kernels.metrics import (
+    centre,
+    centred_alignment,
+    condition_number,
+    cosine_kernel_distance,
+    effective_rank,
+    eigenpictures,
+    eigenvectors,
+    flatten,
     kernel_distance,
+    kernel_velocity,
+    label_alignment,
+    participation_ratio,
+    polar,
     relative_kernel_distance,
     relative_target_distance,
+    specialisation,
+    spectrum,
+    spectrum_mass,
     target_distance,
 )
+from ntk_awt.kernels.planning import Plan
+from ntk_awt.kernels.planning import make as plan
 
 __all__ = [
+    "Plan",
+    "centre",
+    "centred_alignment",
+    "condition_number",
+    "cosine_kernel_distance",
+    "effective_rank",
+    "eigenpictures",
+    "eigenvectors",
     "empirical",
+    "flatten",
     "kernel_distance",
+    "kernel_velocity",
+    "label_alignment",
+    "participation_ratio",
+    "plan",
+    "polar",
     "relative_kernel_distance",
     "relative_target_distance",
+    "specialisation",
+    "spectrum",
+    "spectrum_mass",
     "target_distance",
 ]

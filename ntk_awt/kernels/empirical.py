@@ -6,31 +6,27 @@ Jacobian is J_m = J(γ⊙m⊙θ)·diag(γ⊙m): pruned weights contribute nothin
 training; it is not symmetric.
 """
 
+import math
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_same_tree, choose
-from ntk_awt.masks import effective, masked
-from ntk_awt.types import ApplyFn, Gain, Images, Mask, Params
+from ntk_awt.kernels import engines, forms, planning, program
+from ntk_awt.kernels.engines import Engine
+from ntk_awt.kernels.planning import BUDGET, Plan
+from ntk_awt.masks import effective
+from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params
 
 JACOBIANS = ("masked", "full")
-ENGINES = ("products", "contraction")
-
-
-def _neural_tangents(apply: ApplyFn, engine: str):
-    """neural-tangents' kernel function of `apply`: axes [n1, n2, c, c], nothing traced out."""
-    from ntk_awt.kernels import compat  # it costs seconds: only when a kernel is wanted
-
-    implementation = {
-        "products": compat.NtkImplementation.NTK_VECTOR_PRODUCTS,
-        "contraction": compat.NtkImplementation.JACOBIAN_CONTRACTION,
-    }[engine]
-    return compat.empirical_ntk_fn(apply, trace_axes=(), vmap_axes=0, implementation=implementation)
 
 
 def empirical(
-    apply: ApplyFn,
+    apply: ApplyFn | Network,
     params: Params,
     x1: Images,
     x2: Images | None = None,
@@ -38,35 +34,49 @@ def empirical(
     mask: Mask | None = None,
     gain: Gain | None = None,
     jacobian: str = "masked",
-    engine: str = "products",
-) -> Float[Array, "n1 n2 c c"]:
-    """Empirical tangent kernel Θ(x1, x2) of a dense or masked network, all pairs of outputs.
+    at: Params | None = None,
+    outputs: str | int = "full",
+    engine: str = "auto",
+    batch: int | None = None,
+    memory: int = BUDGET,
+    plan: Plan | None = None,
+) -> Float[Array, "n1 n2 *outputs"]:
+    """Empirical tangent kernel Θ(x1, x2) of a dense or masked network.
 
-    Traceable and differentiable in `params`, the inputs and the gain; jit it with `apply`,
-    `jacobian` and `engine` static.
+    Θ[i, j, a, b] = ⟨∂f_a(x1_i)/∂θ, ∂f_b(x2_j)/∂θ⟩. Differentiable in the parameters, in a
+    real-valued mask, the gain and the images; may be called under jit. A boolean mask whose values
+    are known (not traced) is the fast case: pruned weights then cost nothing.
 
     Args:
-        apply: `(params, x[n, *shape]) -> logits[n, c]`; image by image (no batch statistics).
+        apply: `(params, x[n, *shape]) -> logits[n, c]`, or what has one as `.apply` (a `Network`);
+            image by image (no batch statistics).
         params: θ, a pytree of float arrays.
         x1: [n1, *shape].
-        x2: [n2, *shape]; x1 if not given.
-        mask: m, booleans with the structure and shapes of θ; everything kept if not given.
+        x2: [n2, *shape]; x1 if not given, and then only half of the kernel is computed.
+        mask: m, booleans or real numbers with the structure and shapes of θ; 1 if not given.
         gain: γ, scalars with the structure of θ; 1 if not given.
         jacobian: "masked" for J·diag(γ⊙m), the gradient with respect to θ; "full" for the gradient
             with respect to the effective weights γ⊙m⊙θ, pruned ones included (the convention of
             Neural Tangent Transfer, Liu & Zenke, 2020).
-        engine: "products" (vector products; less memory, fewer operations) or "contraction"
-            (explicit Jacobians), both neural-tangents'.
+        at: effective weights at which J is taken; γ⊙m⊙θ if not given.
+        outputs: "full" for all pairs, "diagonal" for a = b, "trace" for the mean over a = b, or a
+            number c for Θ[:, :, c, c] alone.
+        engine: "layerwise", "contraction", "products" (see `engines.py`), or "auto": the one that
+            costs least.
+        batch: images a tile; chosen from `memory` if not given. It does not change the values.
+        memory: bytes for features and temporary arrays, the kernel itself apart.
+        plan: from `kernels.plan`, in place of the last four; print it to see what was chosen.
 
     Returns:
-        Θ [n1, n2, c, c], the dtype of the parameters: entry [i, j, a, b] is
-        ⟨∂f_a(x1_i)/∂θ, ∂f_b(x2_j)/∂θ⟩.
+        Θ, the dtype of the parameters: [n1, n2, c, c] for "full", [n1, n2, c] for "diagonal",
+        [n1, n2] else.
 
     Raises:
         InputError: a mask or gain that does not fit the parameters (the leaf is named), a gain
-            without a mask, images of different shapes, an unknown option.
+            without a mask, images of different shapes, an unknown option, a kernel that would not
+            fit into memory, a plan for other sizes.
 
-    Source: theory §0; engines: Novak et al., "Fast finite width neural tangent kernel" (2022).
+    Source: theory §0; what the engines do is described in `forms.py` and `engines.py`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,18 +85,193 @@ def empirical(
         >>> kernel.shape, kernel[0, 0].tolist()
         ((1, 1, 2, 2), [[5.0, 0.0], [0.0, 5.0]])
     """
+    function: Any = getattr(apply, "apply", apply)
     choose("jacobian", jacobian, JACOBIANS)
-    choose("engine", engine, ENGINES)
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")
+    weights, factor = params, None
     if mask is not None:
         check_same_tree("mask", mask, params)
         gain = jax.tree.map(lambda w: jnp.ones((), w.dtype), params) if gain is None else gain
         check_same_tree("gain", gain, params, scalars=True)
+        weights = effective(params, mask, gain)
         if jacobian == "masked":
-            apply = masked(apply, mask, gain)
-        else:
-            params = effective(params, mask, gain)
+            factor = jax.tree.map(lambda w, m, g: (m * g).astype(w.dtype), params, mask, gain)
     elif gain is not None:
         raise InputError("gain", expected="a mask with it", got="no mask")
-    return _neural_tangents(apply, engine)(x1, x2, params)
+    if at is not None:
+        check_same_tree("at", at, params)
+        weights = at
+    known = None if factor is None else mask
+    if plan is None:
+        plan = planning.make(
+            function, weights, x1, x2, mask=known, outputs=outputs, engine=engine, batch=batch,
+            memory=memory,
+        )  # fmt: skip
+    else:
+        _check_plan(plan, function, weights, x1, x2, factor is not None)
+    return _compute(
+        weights, factor, _selection(plan, function, weights, x1, known), x1, x2, function, plan
+    )
+
+
+def _check_plan(
+    plan: Plan, apply: ApplyFn, params: Params, x1: Images, x2: Images | None, masked: bool
+) -> None:
+    found = (x1.shape[0], (x1 if x2 is None else x2).shape[0], x2 is None)
+    if found != (*plan.shape[:2], plan.symmetric):
+        wanted = f"{list(plan.shape[:2])} images, x2 {'not ' * plan.symmetric}given"
+        got = f"{list(found[:2])} images, x2 {'not ' * found[2]}given"
+        raise InputError("plan", expected=wanted, got=got, fix="make a plan for these images")
+    if masked != plan.masked:
+        got = f"{'a' if masked else 'no'} mask"
+        wanted = f"{'a' if plan.masked else 'no'} mask in the Jacobian"
+        raise InputError("plan", expected=wanted, got=got, fix="make the plan with the same mask")
+    if plan.engine == "layerwise":
+        traced = program.trace(apply, params, x1)
+        sizes = [planning.sizes(traced, site) for site in traced.sites]
+        wanted = [(layer.positions, layer.inputs, layer.units) for layer in plan.layers]
+        if sizes != wanted:
+            raise InputError("plan", expected=f"layers (T, I, O) {wanted}", got=f"{sizes}")
+
+
+def _selection(
+    plan: Plan, apply: ApplyFn, params: Params, x: Images, mask: Mask | None
+) -> list[Any]:
+    """What is known of the mask beforehand: rows for each layer, or kept entries of each leaf."""
+    masks = planning.known(mask)
+    if plan.engine == "contraction":
+        if masks is None:
+            return [None] * len(jax.tree.leaves(params))
+        return [None if m.all() else np.flatnonzero(m) for m in masks]
+    if plan.engine == "products":
+        return []
+    traced = program.trace(apply, params, x)
+    rows = []
+    for site, layer in zip(traced.sites, plan.layers, strict=True):
+        if layer.width and masks is None:
+            raise InputError(
+                "mask",
+                expected=f"booleans known beforehand, for the form {layer.form} of {layer.name}",
+                got="none, traced ones or numbers",
+                fix="make the plan with the mask that it is used with",
+            )
+        if layer.width and masks is not None:
+            rows.append(forms.pack(planning.matrix(traced, site, masks), layer.width))
+        else:
+            rows.append(None)
+    return rows
+
+
+@partial(jax.jit, static_argnames=("apply", "plan"))
+def _compute(
+    weights: Params,
+    factor: Params | None,
+    selection: list[Any],
+    x1: Images,
+    x2: Images | None,
+    apply: ApplyFn,
+    plan: Plan,
+) -> jax.Array:
+    # Accelerators may round the factors of a product to 10 bits unless told otherwise.
+    with jax.default_matmul_precision("highest"):
+        return _kernel(weights, factor, selection, x1, x2, apply, plan)
+
+
+def _kernel(
+    weights: Params,
+    factor: Params | None,
+    selection: list[Any],
+    x1: Images,
+    x2: Images | None,
+    apply: ApplyFn,
+    plan: Plan,
+) -> jax.Array:
+    logits = jax.eval_shape(apply, weights, x1)
+    basis = jnp.eye(logits.shape[1], dtype=logits.dtype)
+    outputs = plan.outputs
+    if isinstance(outputs, int):
+        basis, outputs = basis[outputs : outputs + 1], "trace"
+    settings = engines.Settings(outputs, plan.images, plan.rows)
+    common = (apply, weights, factor, basis, settings)
+    if plan.engine == "layerwise":
+        shares = [
+            (layer.form, layer.chunks, rows)
+            for layer, rows in zip(plan.layers, selection, strict=True)
+        ]
+        engine = engines.layerwise(*common, shares, x1)
+    elif plan.engine == "contraction":
+        engine = engines.contraction(*common, selection)
+    else:
+        engine = engines.products(*common)
+    return _tiles(engine, x1, x2, plan).astype(jnp.result_type(*jax.tree.leaves(weights)))
+
+
+def _swap(block: jax.Array) -> jax.Array:
+    """Θ(x', x) from Θ(x, x')."""
+    axes = (1, 0, 3, 2) if block.ndim == 4 else (1, 0, *range(2, block.ndim))
+    return block.transpose(axes)
+
+
+def _mirror(blocks: list[jax.Array], cuts: forms.Cuts) -> jax.Array:
+    """A symmetric kernel from its rows right of the diagonal."""
+    rows = []
+    for k, (start, stop, _) in enumerate(cuts):
+        left = [
+            _swap(block[:, start - first : stop - first])
+            for block, (_, _, first) in zip(blocks[:k], cuts[:k], strict=True)
+        ]
+        rows.append(jnp.concatenate([*left, blocks[k]], axis=1))
+    return jnp.concatenate(rows)
+
+
+def _tiles(engine: Engine, x1: Images, x2: Images | None, plan: Plan) -> jax.Array:
+    """The kernel, tile by tile if it does not fit into one."""
+    n1, n2 = plan.shape[:2]
+    if max(n1, n2) <= plan.tile:
+        left = engine.prepare(x1)
+        if x2 is None:
+            return _mirror(engine.combine(left, left, plan.cuts), plan.cuts)
+        (block,) = engine.combine(left, engine.prepare(x2), ((0, n1, 0),))
+        return block
+    size1, size2 = min(plan.tile, n1), min(plan.tile, n2)
+    whole = ((0, size1, 0),)
+    tiles1 = _cut(x1, size1)
+    tiles2 = tiles1 if x2 is None else _cut(x2, size2)
+    count1, count2 = len(tiles1), len(tiles2)
+    pairs = [(i, j) for i in range(count1) for j in range(i if x2 is None else 0, count2)]
+    stored1 = jax.lax.map(engine.prepare, tiles1) if plan.stored else None
+    stored2 = (
+        stored1 if x2 is None else jax.lax.map(engine.prepare, tiles2) if plan.stored else None
+    )
+
+    def get(tiles: jax.Array, stored: Any, i: jax.Array) -> Any:
+        if stored is None:
+            return engine.prepare(tiles[i])
+        return jax.tree.map(lambda a: a[i], stored)
+
+    def pair(i: jax.Array, j: jax.Array) -> jax.Array:
+        return engine.combine(get(tiles1, stored1, i), get(tiles2, stored2, j), whole)[0]
+
+    block: Any = jax.checkpoint(pair)
+
+    def write(kernel: jax.Array, place: jax.Array) -> tuple[jax.Array, None]:
+        i, j = place
+        found = block(i, j)
+        rest = [0] * (kernel.ndim - 2)
+        kernel = jax.lax.dynamic_update_slice(kernel, found, (i * size1, j * size2, *rest))
+        if x2 is None:
+            mirrored = (j * size2, i * size1, *rest)
+            kernel = jax.lax.dynamic_update_slice(kernel, _swap(found), mirrored)
+        return kernel, None
+
+    one = jax.eval_shape(block, 0, 0)
+    empty = jnp.zeros((count1 * size1, count2 * size2, *one.shape[2:]), one.dtype)
+    return jax.lax.scan(write, empty, jnp.array(pairs))[0][:n1, :n2]
+
+
+def _cut(x: Images, size: int) -> jax.Array:
+    """Tiles [count, size, *shape]; the last image fills up the last tile."""
+    count = math.ceil(x.shape[0] / size)
+    fill = jnp.broadcast_to(x[-1:], (count * size - x.shape[0], *x.shape[1:]))
+    return jnp.concatenate([x, fill]).reshape(count, size, *x.shape[1:])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ntk_awt.config import TicketConfig
-from ntk_awt.masks import Ticket, is_prunable, top_k
+from ntk_awt.masks import Ticket, effective, is_prunable, top_k
 from ntk_awt.tickets.objective import Target, distances, objective
 from ntk_awt.tickets.solver import Solver, SolverState
 from ntk_awt.types import ApplyFn, Mask, Params
@@ -84,14 +84,11 @@ def awt(apply: ApplyFn, config: TicketConfig) -> Solver:
     def regrow(ticket: Ticket, target: Target, step: jax.Array) -> Ticket:
         params, mask, gain = ticket
 
-        def shifted_loss(shift: Params):
-            def apply_shifted(weights: Params, x: jax.Array) -> jax.Array:
-                return apply(jax.tree.map(jnp.add, weights, shift), x)
-
-            values = distances(apply_shifted, ticket, target, config.jacobian)
+        def loss(weights: Params):
+            values = distances(apply, ticket, target, config.jacobian, at=weights)
             return objective(values, config)
 
-        gradient = jax.grad(shifted_loss)(jax.tree.map(jnp.zeros_like, params))
+        gradient = jax.grad(loss)(effective(params, mask, gain))
         share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * step / config.ticket_steps))
         return Ticket(*reselect(params, mask, gradient, share), gain)
 

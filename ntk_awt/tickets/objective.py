@@ -81,11 +81,17 @@ def target_of(
     return Target(x, apply(params, x), empirical(apply, params, x))
 
 
-def distances(apply: ApplyFn, ticket: Ticket, target: Target, jacobian: str) -> Distances:
-    """All four distances of a sparse network to the dense one on the target's inputs."""
+def distances(
+    apply: ApplyFn, ticket: Ticket, target: Target, jacobian: str, at: Params | None = None
+) -> Distances:
+    """All four distances of a sparse network to the dense one on the target's inputs.
+
+    `at`: effective weights to take in place of γ⊙m⊙θ, to see what pruned ones would change.
+    """
     params, mask, gain = ticket
-    logits = apply(effective(params, mask, gain), target.x)
-    kernel = empirical(apply, params, target.x, mask=mask, gain=gain, jacobian=jacobian)
+    at = effective(params, mask, gain) if at is None else at
+    logits = apply(at, target.x)
+    kernel = empirical(apply, params, target.x, mask=mask, gain=gain, jacobian=jacobian, at=at)
     return Distances(
         kernel=kernel_distance(target.kernel, kernel),
         relative_kernel=relative_kernel_distance(target.kernel, kernel),

@@ -1,0 +1,209 @@
+"""Three ways to a tangent kernel, behind one contract.
+
+Each takes effective weights w = γ⊙m⊙θ and column factors f = γ⊙m (or none): the kernel is
+J(w)·diag(f²)·J(w)ᵀ, with J the Jacobian with respect to the effective weights.
+
+- `layerwise`: inputs and cotangents of each layer, combined in the form that costs least
+  (`forms.py`); weights that do not enter in one product with the data by explicit Jacobian.
+- `contraction`: the explicit Jacobian, at the kept weights only where the mask is known.
+- `products`: reverse mode at one image, then forward mode at the others; any function, least
+  memory (Novak et al., "Fast finite width neural tangent kernel", 2022, section 3.3).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntk_awt.kernels import forms, program
+from ntk_awt.kernels.forms import Cuts, Rows, Share, Side
+from ntk_awt.types import ApplyFn, Images, Params
+
+ENGINES = ("layerwise", "contraction", "products")
+
+
+class Engine(NamedTuple):
+    """How a kernel is computed between two sets of images.
+
+    Attributes:
+        prepare: images [n, *shape] to whatever is needed of them, a pytree.
+        combine: `(left, right, cuts)` to blocks of the kernel; `left is right` if symmetric.
+    """
+
+    prepare: Callable[[Images], Any]
+    combine: Callable[[Any, Any, Cuts], list[jax.Array]]
+
+
+class Settings(NamedTuple):
+    """What all engines are told; static.
+
+    Attributes:
+        outputs: "full", "diagonal" or "trace".
+        images: images at a time whose cotangents are computed together.
+        rows: images at a time in row-wise forms.
+    """
+
+    outputs: str
+    images: int
+    rows: int
+
+
+def _over_images(f: Callable[[Any], Any], x: Images, settings: Settings) -> Any:
+    """f of each image, `settings.images` of them at a time."""
+    if settings.images >= x.shape[0]:
+        return jax.vmap(f)(x)
+    return jax.lax.map(f, x, batch_size=settings.images)
+
+
+def _leaves(tree: Params | None, count: int) -> list[Any]:
+    return [None] * count if tree is None else jax.tree.leaves(tree)
+
+
+def layerwise(
+    apply: ApplyFn,
+    weights: Params,
+    factor: Params | None,
+    basis: jax.Array,
+    settings: Settings,
+    shares: Sequence[tuple[str, int, Rows | None]],
+    example: Images,
+) -> Engine:
+    """Layer by layer, from inputs and cotangents.
+
+    Args:
+        apply, weights, factor: see the module.
+        basis: cotangents of the logits, [q, c].
+        settings: see `Settings`.
+        shares: form, chunks and rows of each site of `program.trace(apply, weights, example)`.
+        example: images of the shape and dtype to come.
+    """
+    traced = program.trace(apply, weights, example)
+    leaves = jax.tree.leaves(weights)
+    squares = None if factor is None else [f * f for f in jax.tree.leaves(factor)]
+
+    def share(site: program.Site, form: str, chunks: int, rows: Rows | None) -> Share:
+        if squares is None:
+            return Share(form, None, rows, chunks)
+        metric = program.normal_weight(traced, site, squares[site.leaf])
+        if site.bias is not None:
+            metric = jnp.concatenate([metric, squares[site.bias].reshape(1, -1)])
+        return Share(form, metric, rows, chunks)
+
+    made = [share(site, *chosen) for site, chosen in zip(traced.sites, shares, strict=True)]
+    taps = [jnp.zeros(traced.shapes[s.tap].shape, traced.shapes[s.tap].dtype) for s in traced.sites]
+    rest = [leaves[i] for i in traced.others]
+    dtype = jnp.result_type(*leaves)  # some networks compute in a smaller one
+
+    def features(image: jax.Array) -> tuple[list[Any], list[Any], Any]:
+        def logits(taps: list[Any], rest: list[Any]) -> tuple[jax.Array, list[Any]]:
+            values = list(leaves)
+            for i, leaf in zip(traced.others, rest, strict=True):
+                values[i] = leaf
+            found, data = program.run(traced, values, image[None], taps)
+            return found[0], data
+
+        _, pull, data = jax.vjp(logits, taps, rest, has_aux=True)
+        cotangents, jacobians = jax.vmap(pull)(basis)
+        rows = []
+        for site, a in zip(traced.sites, data, strict=True):
+            a = program.weight_scale(site) * program.normal_data(traced, site, a).astype(dtype)
+            if site.bias is not None:
+                a = jnp.concatenate([a, jnp.full_like(a[:, :1], site.bias_scale)], axis=1)
+            rows.append(a)
+        units = [
+            jax.vmap(partial(program.normal_output, traced, site))(d).astype(dtype)
+            for site, d in zip(traced.sites, cotangents, strict=True)
+        ]
+        return rows, units, [j.reshape(len(basis), -1) for j in jacobians]
+
+    def prepare(x: Images) -> list[Side]:
+        rows, units, jacobians = _over_images(features, x, settings)
+        sides = [forms.prepare(*parts) for parts in zip(made, rows, units, strict=True)]
+        if rest:
+            factors = _leaves(factor, len(leaves))
+            scaled = [
+                j if factors[i] is None else j * factors[i].reshape(-1)
+                for i, j in zip(traced.others, jacobians, strict=True)
+            ]
+            sides.append(Side((jnp.concatenate(scaled, axis=2),), (0,)))
+        return sides
+
+    all_shares = [*made, *([Share("jacobian", None, None, 1)] if rest else [])]
+
+    def combine(left: list[Side], right: list[Side], cuts: Cuts) -> list[jax.Array]:
+        return forms.combine(all_shares, left, right, cuts, settings.outputs, settings.rows)
+
+    return Engine(prepare, combine)
+
+
+def contraction(
+    apply: ApplyFn,
+    weights: Params,
+    factor: Params | None,
+    basis: jax.Array,
+    settings: Settings,
+    kept: Sequence[Any],
+) -> Engine:
+    """Explicit Jacobians [n, q, kept weights].
+
+    Args:
+        apply, weights, factor, basis, settings: see the module and `layerwise`.
+        kept: for each leaf the flat positions of the kept entries, or None for all.
+    """
+    factors = _leaves(factor, len(kept))
+
+    def jacobian(image: jax.Array) -> jax.Array:
+        _, pull = jax.vjp(lambda w: apply(w, image[None])[0], weights)
+        (tree,) = jax.vmap(pull)(basis)
+        columns = []
+        for leaf, f, index in zip(jax.tree.leaves(tree), factors, kept, strict=True):
+            leaf = (leaf if f is None else leaf * f).reshape(len(basis), -1)
+            columns.append(leaf if index is None else leaf[:, index])
+        return jnp.concatenate(columns, axis=1)
+
+    def combine(left: jax.Array, right: jax.Array, cuts: Cuts) -> list[jax.Array]:
+        return [
+            forms.pair_jacobians(left[start:stop], right[first:], settings.outputs)
+            for start, stop, first in cuts
+        ]
+
+    return Engine(lambda x: _over_images(jacobian, x, settings), combine)
+
+
+def products(
+    apply: ApplyFn,
+    weights: Params,
+    factor: Params | None,
+    basis: jax.Array,
+    settings: Settings,
+) -> Engine:
+    """Vector products: for each right image and output one pass back and one forward.
+
+    Args:
+        apply, weights, factor, basis, settings: see the module and `layerwise`.
+    """
+
+    def block(left: Images, right: Images) -> jax.Array:
+        def column(image: jax.Array) -> jax.Array:
+            _, pull = jax.vjp(lambda w: apply(w, image[None])[0], weights)
+
+            def push(cotangent: jax.Array) -> jax.Array:
+                (direction,) = pull(cotangent)
+                if factor is not None:
+                    direction = jax.tree.map(lambda v, f: v * f * f, direction, factor)
+                return jax.jvp(lambda w: apply(w, left), (weights,), (direction,))[1] @ basis.T
+
+            found = jax.vmap(push)(basis)  # [r, n, q]
+            if settings.outputs == "full":
+                return found.transpose(1, 2, 0)
+            diagonal = jnp.einsum("qnq->nq", found)
+            return diagonal if settings.outputs == "diagonal" else diagonal.mean(axis=1)
+
+        return jnp.moveaxis(jax.lax.map(column, right), 0, 1)
+
+    def combine(left: Images, right: Images, cuts: Cuts) -> list[jax.Array]:
+        return [block(left[start:stop], right[first:]) for start, stop, first in cuts]
+
+    return Engine(lambda x: x, combine)
