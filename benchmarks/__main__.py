@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME…] [--json FILE]`: run, print a table, write the rows."""
+"""`ntk-awt bench [NAME…] [--json FILE]`: run, print a table, write the rows."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from tyro.conf import Positional, arg
 
 from ntk_awt.errors import choose
 
-from . import attacks
+from . import attacks, kernels
 
-BENCHMARKS = {"attacks": attacks.run}
+BENCHMARKS = {"attacks": attacks.run, "kernels": kernels.run}
 
 
 def main(
@@ -29,10 +29,12 @@ def main(
     for name in names:
         choose("benchmark", name, BENCHMARKS)
     rows = [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]
-    table = Table("what", "ours \\[ms]", "peer \\[ms]", "peer / ours", "first call \\[s]", "peer")
+    table = Table("what", "ours", "peer", "unit", "peer / ours", "first call \\[s]", "peer is")
     for row in rows:
-        numbers = (row[key] for key in ("ours", "peer", "ratio", "compile_seconds"))
-        table.add_row(row["name"], *(f"{value:.3g}" for value in numbers), row["peer_name"])
+        ours, peer, ratio, first = (
+            f"{row[key]:.3g}" for key in ("ours", "peer", "ratio", "compile_seconds")
+        )
+        table.add_row(row["name"], ours, peer, row["unit"], ratio, first, row["peer_name"])
     Console().print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

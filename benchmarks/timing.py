@@ -36,17 +36,18 @@ class Row:
     versions: dict[str, str]
 
 
+def once(call: Callable[[], Any]) -> float:
+    """Seconds of one call, until its result is ready."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
 def seconds(call: Callable[[], Any], *, repeats: int) -> tuple[float, float]:
     """Seconds of the first call, and the median of `repeats` later ones after one warm-up."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - start
-
-    first = once()
-    once()
-    return first, statistics.median(once() for _ in range(repeats))
+    first = once(call)
+    once(call)
+    return first, statistics.median(once(call) for _ in range(repeats))
 
 
 def compare(
@@ -70,16 +71,15 @@ def compare(
     first, mine = seconds(ours, repeats=repeats)
     _, theirs = seconds(peer, repeats=repeats)
     theirs *= peer_calls
+    return row(name, 1e3 * mine, 1e3 * theirs, peer_name, first, "ms")
+
+
+def row(
+    name: str, ours: float, peer: float, peer_name: str, compile_seconds: float, unit: str
+) -> dict[str, Any]:
+    """One comparison with the device and the versions, as the JSON file has it."""
     found = versions()
-    row = Row(
-        name=name,
-        ours=1e3 * mine,
-        peer=1e3 * theirs,
-        peer_name=peer_name,
-        ratio=theirs / mine,
-        compile_seconds=first,
-        unit="ms",
-        device=found.pop("device"),
-        versions=found,
+    device = found.pop("device")
+    return asdict(
+        Row(name, ours, peer, peer_name, peer / ours, compile_seconds, unit, device, found)
     )
-    return asdict(row)
