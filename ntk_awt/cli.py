@@ -21,6 +21,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
@@ -67,6 +68,15 @@ class Bars:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(label, total=total, unit=unit)
             yield lambda done: progress.update(task, completed=done)
+
+    @contextmanager
+    def status(self, label: str) -> Iterator[None]:
+        """What is being done, and since when, on a terminal; for work of unknown length."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        silent = not console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=silent) as progress:
+            progress.add_task(label, total=None)
+            yield
 
 
 # ---------------------------------------------------------------- commands
@@ -200,46 +210,66 @@ def evaluate(
 
 
 def kernel(
-    run_dir: Positional[Path],
-    network: str = "dense",
-    state: str = "initial",
-    inputs: str = "adversarial",
+    source: Positional[str],
+    network: str | None = None,
+    state: str | None = None,
+    inputs: str | None = None,
+    images: Path | None = None,
+    images2: Path | None = None,
+    outputs: str = "full",
+    engine: str = "auto",
+    batch: int | None = None,
     out: Path | None = None,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
 ) -> int:
-    """Tangent kernel of a run's network on its probe set: saved as .npz and drawn.
+    """Tangent kernel of a network: measured, saved as .npz and drawn.
 
     Args:
-        run_dir: a run folder.
-        network: which network.
-        state: initial or trained.
-        inputs: clean for Θ(X, X), adversarial for Θ(X̃, X̃), mixed for Θ(X, X̃).
-        out: the .npz file; the run folder's figures/ if not given. The picture lies beside it.
+        source: a run folder, a saved network's FILE.safetensors, RUN/checkpoints/STAGE, or
+            module:function of your own that returns (apply, params).
+        network: of a run folder; dense if not given.
+        state: of a run folder's network, initial (if not given) or trained.
+        inputs: of a run's probe set: clean for Θ(X, X), adversarial (if not given) for Θ(X̃, X̃),
+            mixed for Θ(X, X̃).
+        images: FILE.npy with images [n, *shape], or FILE.npz with images x and perhaps labels y;
+            in place of the probe set.
+        images2: the same, for the columns of a mixed kernel.
+        outputs: full, diagonal, trace (the mean over outputs), or the number of one output.
+        engine: auto, layerwise, contraction or products.
+        batch: images a tile; chosen from the memory if not given.
+        out: the .npz file; if not given, in the run folder's figures/, else in the current folder.
+            The pictures lie beside it.
+        json_file: write the numbers there as well; null is an infinite or undefined one.
     """
-    import jax
-    import numpy as np
+    from ntk_awt import inspection
 
-    from ntk_awt import kernels, plots
-    from ntk_awt.experiment import open_run, ordered
-
-    opened = open_run(run_dir)
-    choose("network", network, ordered(opened.config.networks))
-    choose("state", state, ("initial", "trained"))
-    choose("inputs", inputs, ("clean", "adversarial", "mixed"))
-    clean, perturbed = opened.probe
-    pairs = {"clean": (clean, None), "adversarial": (perturbed, None), "mixed": (clean, perturbed)}
-    params, mask, gain = (opened.load_ticket if state == "initial" else opened.load_trained)(
-        network
-    )
-    compute = jax.jit(
-        lambda x1, x2: kernels.empirical(opened.network.apply, params, x1, x2, mask=mask, gain=gain)
-    )
-    matrix = np.asarray(compute(*pairs[inputs]))
-    file = out or opened.paths.figures / f"kernel-{network}-{state}-{inputs}.npz"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, kernel=matrix, clean=clean, perturbed=perturbed)
-    plots.save(plots.kernel(matrix, f"{network}, {state}, {inputs}"), file.parent, file.stem)
-    print(f"kernel {list(matrix.shape)} = [images, images, classes, classes]: {file}")
-    print(f"picture: {file.with_suffix('.svg')}")
+    bars = Bars()
+    if out is not None and out.suffix != ".npz":
+        raise InputError("--out", expected="a file that ends in .npz", got=str(out))
+    with bars.status("network and images"):
+        found = inspection.open_source(source, network, state)
+        chosen = inspection.choose_inputs(found, inputs, images, images2)
+    number = int(outputs) if outputs.lstrip("-").isdecimal() else outputs
+    plan = inspection.plan(found, chosen, number, engine, batch)
+    console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
+    with bars.status("kernel"):
+        result = inspection.compute(found, chosen, plan)
+    file = out or inspection.default_file(found, chosen, plan)
+    inspection.save(result, file)
+    with bars.status("metrics and pictures"):
+        metrics = inspection.measure(result)
+        pictures = inspection.draw(result, file)
+    table = _table("metric", "value", "unit", title=file.stem)
+    for name, value, unit in metrics:
+        table.add_row(name, _number(value), escape(unit))
+    console.print(table)
+    print(f"kernel {list(result.kernel.shape)}: {file}")
+    for picture in pictures:
+        print(f"picture: {picture}")
+    if json_file is not None:
+        record = inspection.record(result, metrics)
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(f"numbers: {json_file}")
     return 0
 
 
@@ -261,11 +291,40 @@ def report(run_dirs: Positional[tuple[Path, ...]], out: Path = Path("comparison.
     return 0
 
 
+def bench(
+    names: Positional[tuple[str, ...]] = (),
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+) -> int:
+    """Time our kernels and attacks against a peer in the same run (needs a checkout).
+
+    Args:
+        names: attacks, kernels; all if not given.
+        json_file: write the rows there as well.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise InputError(
+            "benchmarks",
+            expected=f"the folder benchmarks in {checkout}",
+            got="none",
+            fix="clone the repository and install it with pip install -e .",
+        )
+    sys.path.insert(0, str(checkout))
+    from benchmarks.__main__ import main as run_benchmarks
+
+    run_benchmarks(names, json_file)
+    return 0
+
+
 # ---------------------------------------------------------------- tables
 
 
 def _percent(value: float, low: float, high: float, n: int = 0) -> str:
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _number(value: float) -> str:
+    return {"inf": "∞", "nan": "undefined"}.get(str(value), f"{value:.4g}")
 
 
 def _table(first: str, *headers: str, title: str | None = None) -> Table:
@@ -331,6 +390,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "kernel": kernel,
     "report": report,
+    "bench": bench,
 }
 
 

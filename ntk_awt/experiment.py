@@ -38,7 +38,7 @@ from ntk_awt import data, masks, models, report, threats, tickets, training
 from ntk_awt._version import __version__
 from ntk_awt.attacks import PGD, cross_entropy, example_keys
 from ntk_awt.checkpoints import Checkpoints
-from ntk_awt.config import RunConfig
+from ntk_awt.config import RunConfig, ThreatConfig
 from ntk_awt.errors import InputError, choose
 from ntk_awt.evaluation import Evaluation, evaluate
 from ntk_awt.kernels import (
@@ -197,7 +197,7 @@ class Run:
         self.paths = Paths(root)
         self.reporter = reporter or Silent()
         _check_folder(config, self.paths)
-        self.dataset  # noqa: B018  bad data is reported before anything is written
+        self.threat  # noqa: B018  bad data is reported before anything is written
         root.mkdir(parents=True, exist_ok=True)
         _replace(self.paths.config, lambda path: configs.save(config, path))
         self.log = Log(self.paths.metrics)
@@ -234,7 +234,15 @@ class Run:
     @cached_property
     def threat(self) -> Threat:
         """The threat model."""
-        return threats.build(self.config.threat, self.dataset.bounds)
+        return self.make_threat(self.config.threat)
+
+    def make_threat(self, settings: ThreatConfig) -> Threat:
+        """A threat model on this run's images; its signal comes from the training images."""
+        basis = None
+        if settings.name == "strong-l2":
+            d = self.dataset
+            basis = signal_basis(settings.basis, d.x_train, d.y_train)
+        return threats.build(settings, self.dataset.bounds, basis)
 
     def attack(self, steps: int, restarts: int = 1) -> PGD:
         """PGD with that many steps; none where ε = 0, since the set is one point."""
@@ -283,6 +291,45 @@ class Run:
         """A network after training, from its file."""
         return masks.load_ticket(self.paths.trained(name), self.network.params)
 
+    def load_checkpoint(self, stage: str, name: str) -> tuple[Ticket, int]:
+        """A network as of the newest checkpoint of a stage, and the updates done by then.
+
+        Args:
+            stage: search or train.
+            name: of the network.
+
+        Raises:
+            InputError: an unknown stage or network, or no checkpoint.
+        """
+        choose("stage of a checkpoint", stage, ("search", "train"))
+        choose("network", name, ordered(self.config.networks))
+        params, folder = self.network.params, self.paths.checkpoints(stage, name)
+        if stage == "search":
+            dense = Ticket(params, masks.ones(params), masks.unit_gain(params))
+            like: Any = tickets.start(self.network.apply, self.config.ticket, dense)
+        else:
+            optimizer = training.make_optimizer(self.config.train, 1).init(params)
+            like = training.TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+        found: Any = None
+        if folder.is_dir():  # Orbax would make it
+            with Checkpoints(folder) as saved:
+                found = saved.latest(like)
+        if found is None or found is like:
+            raise InputError(f"checkpoint {folder}", expected="a saved state", got="none")
+        if stage == "search":
+            return found.ticket, int(found.step)
+        return self.load_ticket(name)._replace(params=found.params), int(found.step)
+
+    def describe(self, name: str) -> dict[str, str]:
+        """What the file of a network says of it, so that it can be used without its run."""
+        return {
+            "network": name,
+            "seed": str(self.config.seed),
+            "model": json.dumps(configs.to_dict(self.config.model)),
+            "input_shape": json.dumps(self.dataset.image_shape),
+            "num_classes": json.dumps(self.dataset.num_classes),
+        }
+
     # ------------------------------------------------------------ stages
 
     def make_tickets(self) -> None:
@@ -301,7 +348,7 @@ class Run:
                 ticket = tickets.baseline(name, params, self.config.mask, self.key(name))
             else:
                 ticket = masks.load_ticket(Path(name), params)
-            masks.save_ticket(ticket, path, {"network": label, "seed": str(self.config.seed)})
+            masks.save_ticket(ticket, path, self.describe(label))
 
     def _search(self) -> Ticket:
         settings, attack, apply = self.config.ticket, self.training_attack, self.network.apply
@@ -406,7 +453,7 @@ class Run:
                 callbacks=[on_epoch],
                 checkpoints=self.paths.checkpoints("train", name),
             )
-        masks.save_ticket(ticket, self.paths.trained(name), {"network": name})
+        masks.save_ticket(ticket, self.paths.trained(name), self.describe(name))
 
     def _gaps(self, name: str, epoch: int, observed: dict[str, Any]) -> list[dict[str, Any]]:
         """Distances to the dense network, and to the own initial kernel, at each observation."""
@@ -551,6 +598,38 @@ def ordered(networks: tuple[str, ...]) -> list[str]:
     """Short names with the dense network first: the others are compared with it while training."""
     labels = [network_label(name) for name in networks]
     return ["dense", *(label for label in labels if label != "dense")]
+
+
+def signal_basis(name: str, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The signal's directions [d, k]: from class means, or from a file with one such array.
+
+    Args:
+        name: class-means, FILE.npy or FILE.npz.
+        images: training images [n, *shape] with d pixels each.
+        labels: [n].
+
+    Raises:
+        InputError: another name, or a file that does not hold one array [d, k] for these images.
+    """
+    if name == "class-means":
+        return threats.class_mean_basis(images, labels)
+    if not name.endswith((".npy", ".npz")):
+        choose("basis", name, ("class-means", "FILE.npy", "FILE.npz"))
+    size, what = int(np.prod(images.shape[1:])), f"basis file {name}"
+    try:
+        with open(name, "rb") as file:
+            loaded = np.load(file)
+            arrays = [loaded] if name.endswith(".npy") else list(loaded.values())
+    except Exception as error:  # a bad file raises one of many kinds
+        raise InputError(what, expected="a readable array", got=f"{error}") from None
+    if len(arrays) != 1:
+        raise InputError(what, expected="one array in it", got=f"{len(arrays)}")
+    (basis,) = arrays
+    if basis.ndim != 2 or len(basis) != size or basis.dtype.kind not in "iuf":
+        raise InputError(
+            what, expected=f"numbers [{size}, k]", got=f"shape {basis.shape}, dtype {basis.dtype}"
+        )
+    return basis
 
 
 def check_names(config: RunConfig) -> None:

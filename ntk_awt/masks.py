@@ -7,7 +7,8 @@ kept, with gain 1. Making a mask takes three separate steps: *scores* say which 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -361,6 +362,26 @@ def save_ticket(ticket: Ticket, path: Path, metadata: dict[str, str] | None = No
     os.replace(partial, path)
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """What `save_ticket` was told to write into a ticket's file; nothing if that was nothing.
+
+    Raises:
+        InputError: no such file, or not a safetensors file.
+    """
+    with _reading(path), safetensors.safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"ticket {path}", expected="a safetensors file", got=str(error).strip() or "none"
+        ) from None
+
+
 def load_ticket(path: Path, like: Params) -> Ticket:
     """Read a ticket for the network whose parameters are `like`.
 
@@ -375,12 +396,8 @@ def load_ticket(path: Path, like: Params) -> Ticket:
         InputError: no such file, not a ticket, a leaf missing, unknown or of another shape, weights
             that are not finite, a mask that is not boolean.
     """
-    try:
+    with _reading(path):
         arrays = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"ticket {path}", expected="a safetensors file", got=str(error).strip() or "none"
-        ) from None
     if extra := sorted(key for key in arrays if key.split("/")[0] not in Ticket._fields):
         raise InputError(
             f"ticket {path}: {extra[0]}",

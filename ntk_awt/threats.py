@@ -1,13 +1,14 @@
 """Threat models: the set B(x) of allowed images around x, and the moves an attack needs in it.
 
-A threat model is a pytree whose radius is a leaf, so an attack compiled once serves every radius.
-Each set is a ball around x intersected with the pixel box; x itself must lie in the box. The
+A threat model is a pytree whose radii are leaves, so an attack compiled once serves every radius.
+Each set is a ball around x intersected with the pixel box; x itself must lie in the box. The strong
+threat model also limits the part of the perturbation that lies in a signal subspace. The
 constraints hold in real arithmetic, not up to rounding: radii are rounded inwards by the bounds
 given below, so a float64 check finds ‖x̃ − x‖ ≤ ε and x̃ in the box without any slack.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt.config import ThreatConfig
-from ntk_awt.errors import check_number, choose
+from ntk_awt.errors import InputError, check_finite, check_number, choose
 from ntk_awt.types import Images, Key, PerExample
 
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
@@ -44,7 +45,10 @@ class Threat(Protocol):
         ...
 
     def ascent(self, gradient: Images) -> Images:
-        """The direction of unit norm along which the linearised loss grows most."""
+        """The step v/ε to the maximiser v of ⟨gradient, v⟩ in the set without the box.
+
+        So it has unit norm in a ball, and 0 for a zero gradient.
+        """
         ...
 
     def distance(self, z: Images, x: Images) -> PerExample:
@@ -56,17 +60,22 @@ Class = TypeVar("Class", bound=type)
 
 
 def register(cls: Class) -> Class:
-    """Make a threat model a pytree: the radius is a leaf, the type and the bounds are static.
+    """Make a threat model a pytree: the bounds and the type are static, other fields are leaves.
 
     Not `jax.tree_util.register_dataclass`: with it, JAX 0.10 finds the structures of two classes
     with equal static fields equal, and jit may run the program of the other class.
     """
+    leaves = [field.name for field in fields(cls) if field.name != "bounds"]
 
-    def flatten(threat: Any) -> tuple[tuple[Any], tuple[type, tuple[float, float]]]:
-        return (threat.epsilon,), (cls, threat.bounds)
+    def flatten(threat: Any) -> tuple[tuple[Any, ...], tuple[type, tuple[float, float]]]:
+        return tuple(getattr(threat, name) for name in leaves), (cls, threat.bounds)
 
-    def unflatten(static: tuple[type, tuple[float, float]], leaves: Any) -> Any:
-        return cls(*leaves, static[1])
+    def unflatten(static: tuple[type, tuple[float, float]], values: Any) -> Any:
+        # Not through __init__: its checks are for users, and JAX also puts placeholders here.
+        threat = object.__new__(cls)
+        for name, value in zip([*leaves, "bounds"], [*values, static[1]], strict=True):
+            object.__setattr__(threat, name, value)
+        return threat
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
     return cls
@@ -87,6 +96,54 @@ def _rows(x: Images) -> jax.Array:
 def _norms(v: Images) -> jax.Array:
     """L2 norm of each image, shaped to broadcast against the images."""
     return jnp.linalg.norm(_rows(v), axis=1).reshape(-1, *[1] * (v.ndim - 1))
+
+
+def _over(a: Any, b: jax.Array) -> jax.Array:
+    """a/b, and a itself where b = 0."""
+    return a / jnp.where(b > 0, b, 1.0)
+
+
+def _down_to(limit: jax.Array, length: jax.Array) -> jax.Array:
+    """The factor that brings a length down to a limit, 1 below it."""
+    return jnp.where(length > limit, _over(limit, length), 1.0)
+
+
+def _largest_is_one(v: Images) -> Images:
+    """Each image over its largest |entry|: the square of a small number would underflow."""
+    largest = jnp.max(jnp.abs(_rows(v)), axis=1).reshape(-1, *[1] * (v.ndim - 1))
+    return _over(v, largest)
+
+
+def _unit(v: Images) -> Images:
+    """v/‖v‖₂ for each image, or 0 where v is 0."""
+    scaled = _largest_is_one(v)
+    return _over(scaled, _norms(scaled))
+
+
+def _uniform_in_unit_ball(keys: Key, x: Images) -> Images:
+    """For each image a random direction times u^(1/d): uniform in the L2 ball of radius 1."""
+    size = math.prod(x.shape[1:])
+
+    def draw(key: Key) -> jax.Array:
+        direction, length = jax.random.split(key)
+        v = jax.random.normal(direction, x.shape[1:], x.dtype)
+        radius = jax.random.uniform(length, (), x.dtype) ** (1.0 / size)
+        return radius * _unit(v[None])[0]
+
+    return jax.vmap(draw)(keys)
+
+
+def _inner_radius(epsilon: Any, x: Images, bounds: tuple[float, float]) -> jax.Array:
+    """ε less the rounding errors of the norm, the scaling and the sum x + v; 0 below those.
+
+    The sum of d squares errs by at most about √d units of roundoff (pairwise summation errs less),
+    each of the other operations by one; x + v errs by one unit of roundoff of a value of size at
+    most max|bounds| in each of d coordinates.
+    """
+    root = math.sqrt(math.prod(x.shape[1:]))
+    largest = max(abs(bound) for bound in bounds)
+    relative, absolute = 4 * (root + 4) * _UNIT_ROUNDOFF, 2 * root * largest * _UNIT_ROUNDOFF
+    return jnp.maximum(epsilon * (1 - relative) - absolute, 0.0)
 
 
 @dataclass(frozen=True)
@@ -133,64 +190,294 @@ class Linf(_Ball):
 class L2(_Ball):
     """B(x) = {z in the box: ‖z − x‖₂ ≤ ε}."""
 
-    def _radius(self, x: Images) -> jax.Array:
-        """ε less the rounding errors of the norm, the scaling and the sum x + v; 0 below those.
-
-        The sum of d squares errs by at most about √d units of roundoff (pairwise summation errs
-        less), each of the other operations by one; x + v errs by one unit of roundoff of a value of
-        size at most max|bounds| in each of d coordinates.
-        """
-        root = math.sqrt(math.prod(x.shape[1:]))
-        largest = max(abs(bound) for bound in self.bounds)
-        relative, absolute = 4 * (root + 4) * _UNIT_ROUNDOFF, 2 * root * largest * _UNIT_ROUNDOFF
-        return jnp.maximum(self.epsilon * (1 - relative) - absolute, 0.0)
-
     def project(self, z: Images, x: Images) -> Images:
         """Scale z − x into the ball, then clip to the box; idempotent up to that rounding.
 
         Clipping moves every coordinate towards x, which is in the box, so it keeps the ball.
         """
         v = z - x
-        norms, radius = _norms(v), self._radius(x)
-        scale = jnp.where(norms > radius, radius / jnp.where(norms > 0, norms, 1.0), 1.0)
+        norms, radius = _norms(v), _inner_radius(self.epsilon, x, self.bounds)
+        scale = _down_to(radius, norms)
         moved = jnp.where(scale < 1, x + v * scale, z)
         # Below the roundings of the norm, and where its squares underflow, only x is left.
         return jnp.clip(jnp.where(radius > 0, moved, x), *self.bounds)
 
     def random_start(self, keys: Key, x: Images) -> Images:
-        """Uniform in the ball (a random direction, radius ε·u^(1/d)), then projected."""
-        size = math.prod(x.shape[1:])
-
-        def draw(key: Key) -> jax.Array:
-            direction, length = jax.random.split(key)
-            v = jax.random.normal(direction, x.shape[1:], x.dtype)
-            radius = jax.random.uniform(length, (), x.dtype) ** (1.0 / size)
-            return radius * self.ascent(v[None])[0]
-
-        return self.project(x + self.epsilon * jax.vmap(draw)(keys), x)
+        """Uniform in the ball, then projected."""
+        return self.project(x + self.epsilon * _uniform_in_unit_ball(keys, x), x)
 
     def ascent(self, gradient: Images) -> Images:
         """gradient / ‖gradient‖₂, or 0 where the gradient is 0."""
-        # Scaled first: the square of a small gradient would underflow.
-        largest = jnp.max(jnp.abs(_rows(gradient)), axis=1).reshape(-1, *[1] * (gradient.ndim - 1))
-        scaled = gradient / jnp.where(largest > 0, largest, 1.0)
-        norms = _norms(scaled)
-        return scaled / jnp.where(norms > 0, norms, 1.0)
+        return _unit(gradient)
 
     def distance(self, z: Images, x: Images) -> PerExample:
         """‖z − x‖₂."""
         return jnp.linalg.norm(_rows(z) - _rows(x), axis=1)
 
 
-THREATS: dict[str, type[Linf] | type[L2]] = {"linf": Linf, "l2": L2}
-"""Threat models by name: `(epsilon, bounds) -> threat model`."""
+# ---------------------------------------------------------------- the strong threat model
+
+_ROUNDS = 20
+"""Rounds of Dykstra's algorithm in `StrongL2.project`; see there."""
+
+_REACH = 2.0
+"""What is more radii away from the set is first drawn nearer: Dykstra's algorithm is slow there."""
 
 
-def build(config: ThreatConfig, bounds: tuple[float, float]) -> Threat:
-    """The threat model that `config` describes, on a data set with these pixel bounds.
+def orthonormal(basis: Any) -> np.ndarray:
+    """An orthonormal basis of the same span, by a QR decomposition in float64.
+
+    Args:
+        basis: [d, k], linearly independent columns, k ≤ d.
+
+    Returns:
+        [d, k] with UᵀU = I, float64.
 
     Raises:
-        InputError: unknown name, or ε < 0.
+        InputError: another shape, NaN or infinity, or dependent columns.
+
+    Example:
+        >>> orthonormal([[0.0], [-2.0]]).round(3)
+        array([[0.],
+               [1.]])
+    """
+    values = np.asarray(basis, np.float64)
+    if values.ndim != 2 or not 1 <= values.shape[1] <= values.shape[0]:
+        raise InputError(
+            "basis",
+            expected="directions as columns of an array [d, k], 1 ≤ k ≤ d",
+            got=f"shape {values.shape}",
+        )
+    check_finite("basis", values)
+    lengths = np.linalg.norm(values, axis=0)
+    u, r = np.linalg.qr(values / np.where(lengths > 0, lengths, 1))
+    if np.linalg.matrix_rank(r) < values.shape[1]:
+        raise InputError(
+            "basis",
+            expected=f"{values.shape[1]} linearly independent columns",
+            got=f"rank {np.linalg.matrix_rank(r)}",
+            fix="leave out directions that follow from the others",
+        )
+    return u * np.where(np.diag(r) < 0, -1, 1)  # each column keeps the sense of its direction
+
+
+def class_mean_basis(images: Any, labels: Any) -> np.ndarray:
+    """The signal subspace of a data set: the span of the differences of its class means.
+
+    U spans m_c − m_1, c = 2 … C, with m_c the mean image of class c.
+
+    Args:
+        images: [n, *shape], with d pixels each.
+        labels: [n], integers of C ≥ 2 classes.
+
+    Returns:
+        U [d, C − 1], orthonormal, float64.
+
+    Raises:
+        InputError: fewer than two classes, or class means that span less.
+
+    Source: theory L6.
+
+    Example:
+        >>> class_mean_basis(np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0]]), [0, 0, 1]).round(3)
+        array([[-0.447],
+               [ 0.894]])
+    """
+    x, y = np.asarray(images, np.float64).reshape(len(images), -1), np.asarray(labels)
+    means = np.stack([x[y == label].mean(0) for label in np.unique(y)])
+    if len(means) < 2:
+        raise InputError("labels", expected="two classes or more", got=f"{len(means)}")
+    return orthonormal((means[1:] - means[0]).T)
+
+
+def _as_leaf(basis: Any) -> Any:
+    """An orthonormal basis of the same span as float32; inside jit it was made outside."""
+    try:
+        return jnp.asarray(orthonormal(basis), jnp.float32)
+    except jax.errors.TracerArrayConversionError:
+        return basis
+
+
+def _coordinates(v: jax.Array, basis: jax.Array) -> jax.Array:
+    """Uᵀv of each row, [n, k]; in full float32 also where a GPU would round the factors."""
+    return jnp.matmul(v, basis, precision=jax.lax.Precision.HIGHEST)
+
+
+def _split(v: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's parts inside and across the span of the basis: UUᵀv and v − UUᵀv."""
+    inside = jnp.matmul(_coordinates(v, basis), basis.T, precision=jax.lax.Precision.HIGHEST)
+    return inside, v - inside
+
+
+def _nearest_without_box(
+    v: jax.Array, basis: jax.Array, radius: jax.Array, width: jax.Array
+) -> jax.Array:
+    """The Euclidean projection of each row onto {‖v‖ ≤ radius, ‖Uᵀv‖ ≤ width}.
+
+    By symmetry it scales the parts a = ‖UUᵀv‖ and b = ‖v − UUᵀv‖ alone: to the ball, and where that
+    leaves a above the width, to (width, b) or to the corner (width, √(radius² − width²)).
+    """
+    inside, across = _split(v, basis)
+    a, b = _norms(inside), _norms(across)
+    to_ball = _down_to(radius, jnp.hypot(a, b))
+    too_wide = a * to_ball > width
+    corner = jnp.sqrt(jnp.maximum((radius - width) * (radius + width), 0.0))
+    scale_a = jnp.where(too_wide, _over(width, a), to_ball)
+    scale_b = jnp.where(too_wide, _down_to(corner, b), to_ball)
+    return inside * scale_a + across * scale_b
+
+
+@jax.jit
+def _nearest(
+    v: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    basis: jax.Array,
+    radius: jax.Array,
+    width: jax.Array,
+) -> jax.Array:
+    """Dykstra's algorithm for each row: near the projection onto that set and low ≤ v ≤ high."""
+    inner = _nearest_without_box(v, basis, radius, width)
+    outward = v - inner  # every point of this ray has the same projection, as long as no pixel ends
+    v = inner + outward * _down_to(_REACH * radius, _norms(outward))
+
+    def turn(carry: tuple, _: None) -> tuple:
+        w, from_set, from_box = carry
+        inner = _nearest_without_box(w + from_set, basis, radius, width)
+        boxed = jnp.clip(inner + from_box, low, high)
+        return (boxed, w + from_set - inner, inner + from_box - boxed), None
+
+    zero = jnp.zeros_like(v)
+    return jax.lax.scan(turn, (v, zero, zero), length=_ROUNDS)[0][0]
+
+
+@register
+@dataclass(frozen=True, eq=False)
+class StrongL2:
+    """B(x) = {z in the box: ‖z − x‖₂ ≤ ε and ‖Uᵀ(z − x)‖₂ ≤ δ}: the signal changes by δ at most.
+
+    Attributes:
+        epsilon: ε, in pixel units.
+        delta: δ, in pixel units; from ε on it does not limit. Below some 2(√d + ε√(dk))·1e-7 it is
+            lost in rounding, and B(x) = {x}.
+        basis: U, [d, k] for images of d pixels in all; made orthonormal. Only its span matters.
+        bounds: the pixel box.
+
+    Raises:
+        InputError: a basis that is no array [d, k] of independent columns, or does not fit the
+            images.
+
+    Source: Shi and Ding 2019; theory L2, L6.
+
+    Example:
+        >>> threat = StrongL2(1.0, 0.5, [[1.0], [0.0]], bounds=(-9.0, 9.0))
+        >>> x = jnp.zeros((1, 2))
+        >>> print(threat.project(x + jnp.array([2.0, 2.0]), x).round(3))
+        [[0.5   0.866]]
+    """
+
+    epsilon: Any
+    delta: Any
+    basis: Any
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "epsilon", _round_down(self.epsilon))
+        object.__setattr__(self, "delta", _round_down(self.delta))
+        object.__setattr__(self, "basis", _as_leaf(self.basis))
+
+    def _check(self, x: Images) -> None:
+        if self.basis.shape[0] != (size := math.prod(x.shape[1:])):
+            raise InputError(
+                "basis",
+                expected=f"{size} rows for images of shape {x.shape[1:]}",
+                got=f"shape {self.basis.shape}",
+            )
+
+    def _inner_width(self, x: Images) -> jax.Array:
+        """δ less the rounding errors, as for ε; beside those, the errors that grow with ε.
+
+        A coordinate u·v errs by about √d units of roundoff of ‖v‖ ≤ ε, and the rounded basis turns
+        v by √k at most.
+        """
+        d, k = self.basis.shape
+        turned = 4 * math.sqrt(k) * (math.sqrt(d) + 4) * _UNIT_ROUNDOFF * self.epsilon
+        return jnp.maximum(_inner_radius(self.delta, x, self.bounds) - turned, 0.0)
+
+    def project(self, z: Images, x: Images) -> Images:
+        """The nearest point of B(x) to z, nearly; exactly inside B(x).
+
+        Alternating projections (Boyle and Dykstra 1986) onto the ball with the limit on the signal
+        and onto the box, then a clip to the box and a scaling of z − x, which keeps the box, into
+        the other two. To scale after one clip alone would be inside as well, but far from z where
+        many pixels are at the ends of the box: the clip turns the perturbation into the signal.
+        Where no pixel reaches an end the first projection is the answer.
+        """
+        self._check(x)
+        flat_x, flat_z = _rows(x), _rows(z)
+        radius, width = _inner_radius(self.epsilon, x, self.bounds), self._inner_width(x)
+        low, high = self.bounds
+
+        def lengths(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _norms(v), _norms(_coordinates(v, self.basis))
+
+        v = flat_z - flat_x
+        norm, signal = lengths(v)
+        in_box = jnp.all((flat_z >= low) & (flat_z <= high), axis=1, keepdims=True)
+        fits = in_box & (norm <= radius) & (signal <= width)
+        v = _nearest(v, low - flat_x, high - flat_x, self.basis, radius, width)
+        moved = jnp.clip(flat_x + v, low, high)
+        norm, signal = lengths(moved - flat_x)
+        scale = jnp.minimum(_down_to(radius, norm), _down_to(width, signal))
+        scaled = jnp.clip(flat_x + (moved - flat_x) * scale, low, high)
+        nearest = jnp.where(scale < 1, scaled, moved)
+        result = jnp.where(fits, flat_z, nearest)
+        # Below the roundings of the norms only x is left.
+        return jnp.where((radius > 0) & (width > 0), result, flat_x).reshape(x.shape)
+
+    def random_start(self, keys: Key, x: Images) -> Images:
+        """Uniform in the ball, then projected."""
+        return self.project(x + self.epsilon * _uniform_in_unit_ball(keys, x), x)
+
+    def ascent(self, gradient: Images) -> Images:
+        """v/ε with v = argmax ⟨g, v⟩ over ‖v‖ ≤ ε, ‖Uᵀv‖ ≤ δ, g the gradient; 0 where g is 0.
+
+        With a = ‖UUᵀg‖, b = ‖g − UUᵀg‖ and ρ = min(δ/ε, 1) it is g/‖g‖ where a ≤ ρ‖g‖, and else
+        ρ·UUᵀg/a + √(1 − ρ²)·(g − UUᵀg)/b, where a b of rounding errors alone gives no direction.
+        """
+        self._check(gradient)
+        g = _largest_is_one(_rows(gradient))
+        inside, across = _split(g, self.basis)
+        a, b, norm = _norms(inside), _norms(across), _norms(g)
+        ratio = jnp.where(self.delta < self.epsilon, _over(self.delta, self.epsilon), 1.0)
+        noise = 8 * (math.sqrt(g.shape[1]) + 4) * _UNIT_ROUNDOFF * norm
+        sideways = jnp.where(b > noise, _over(across, b), 0.0)
+        limited = ratio * _over(inside, a) + jnp.sqrt(1 - ratio**2) * sideways
+        return jnp.where(a <= ratio * norm, _over(g, norm), limited).reshape(gradient.shape)
+
+    def distance(self, z: Images, x: Images) -> PerExample:
+        """‖z − x‖₂."""
+        return jnp.linalg.norm(_rows(z) - _rows(x), axis=1)
+
+
+THREATS: dict[str, type[Linf] | type[L2] | type[StrongL2]] = {
+    "linf": Linf,
+    "l2": L2,
+    "strong-l2": StrongL2,
+}
+"""Threat models by name: `(epsilon, …, bounds) -> threat model`."""
+
+
+def build(config: ThreatConfig, bounds: tuple[float, float], basis: Any = None) -> Threat:
+    """The threat model that `config` describes, on a data set with these pixel bounds.
+
+    Args:
+        config: name, ε and δ.
+        bounds: the pixel box.
+        basis: the signal's directions [d, k], for strong-l2 only.
+
+    Raises:
+        InputError: unknown name, ε < 0, or for strong-l2 no basis, or a δ lost in rounding.
 
     Example:
         >>> build(ThreatConfig(name="l2", epsilon=0.5), (0.0, 1.0)).bounds
@@ -198,4 +485,18 @@ def build(config: ThreatConfig, bounds: tuple[float, float]) -> Threat:
     """
     choose("threat model", config.name, THREATS)
     check_number("epsilon", config.epsilon, low=0)
-    return THREATS[config.name](config.epsilon, bounds)
+    if config.name != "strong-l2":
+        return {"linf": Linf, "l2": L2}[config.name](config.epsilon, bounds)
+    check_number("delta", config.delta, low=0)
+    if basis is None:
+        raise InputError("basis", expected="the signal's directions [d, k]", got="none")
+    threat = StrongL2(config.epsilon, config.delta, basis, bounds)
+    one_image = jnp.zeros((1, threat.basis.shape[0]))
+    if config.epsilon > 0 and threat._inner_width(one_image) == 0:
+        raise InputError(
+            "delta",
+            expected="a limit that float32 images can meet",
+            got=f"{config.delta:g}",
+            fix="use 1e-3 or more",
+        )
+    return threat

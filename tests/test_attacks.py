@@ -15,13 +15,13 @@ import pytest
 from ntk_awt.attacks import ATTACKS, PGD, cross_entropy, example_keys, perturb
 from ntk_awt.errors import InputError
 from ntk_awt.threats import THREATS, Linf
+from tests import threat_models
 from tests.counting import Counting
+from tests.threat_models import ORDER, RATIO
 
 U = 2.0**-24  # unit roundoff of float32
-ORDER = {"linf": np.inf, "l2": 2}
-DUAL = {"linf": 1, "l2": 2}
 N, D, CLASSES = 6, 12, 4
-EPSILON = {"linf": 0.125, "l2": 0.4}
+EPSILON = {"linf": 0.125, "l2": 0.4, "strong-l2": 0.4}
 STEPS = 6
 contract = pytest.mark.parametrize(
     ("attack", "name"),
@@ -31,6 +31,10 @@ contract = pytest.mark.parametrize(
         for name in sorted(THREATS)
     ],
 )
+
+
+def make(name: str, epsilon: float) -> Any:
+    return threat_models.make(name, epsilon, D)
 
 
 # ---------------------------------------------------------------- a small network
@@ -103,25 +107,28 @@ def visited(attack: Any, threat: Any) -> tuple[np.ndarray, np.ndarray]:
 def check_feasible(attack: Any, name: str, scale: float = 1.0) -> None:
     """Ball and box hold in float64 without slack; with radius 0 the images come back."""
     epsilon = scale * EPSILON[name]
-    z = np.asarray(run(attack, THREATS[name](epsilon))[0])
+    z = np.asarray(run(attack, make(name, epsilon))[0])
     assert z.shape == X.shape
     assert z.dtype == np.float32
     distance = np.linalg.norm(z.astype(np.float64) - X, ord=ORDER[name], axis=1)
     assert np.all(distance <= epsilon)
+    if name == "strong-l2":
+        signal = threat_models.signal(z.astype(np.float64) - X)
+        assert np.all(np.linalg.norm(signal, axis=1) <= RATIO * epsilon)
     assert z.min() >= 0
     assert z.max() <= 1
-    np.testing.assert_array_equal(run(attack, THREATS[name](0.0))[0], X)
+    np.testing.assert_array_equal(run(attack, make(name, 0.0))[0], X)
 
 
 def check_loss(attack: Any, name: str) -> None:
     """The reported loss is that of the images that come back (two evaluations: some roundings)."""
-    z, loss = run(attack, THREATS[name](EPSILON[name]))
+    z, loss = run(attack, make(name, EPSILON[name]))
     np.testing.assert_allclose(loss, losses(z), rtol=100 * U, atol=100 * U)
 
 
 def check_best(attack: Any, name: str, scale: float = 1.0) -> None:
     """The reported loss is the highest one seen, the start's included."""
-    best, seen = visited(attack, THREATS[name](scale * EPSILON[name]))
+    best, seen = visited(attack, make(name, scale * EPSILON[name]))
     np.testing.assert_array_equal(best, seen.max(0))
     assert np.all(best >= seen[0])
 
@@ -138,14 +145,14 @@ def test_contract(attack: Any, name: str):
 @contract
 def test_more_restarts_and_larger_radii_are_never_weaker(attack: Any, name: str):
     # A loop of one pass may be compiled otherwise than one of several: some roundings.
-    threat = THREATS[name](EPSILON[name])
+    threat = make(name, EPSILON[name])
     by_restarts = [np.asarray(run(replace(attack, restarts=r), threat)[1]) for r in (1, 3)]
     for fewer, more in pairwise(by_restarts):
         assert np.all(more >= fewer - 100 * U * (1 + fewer))
     assert np.any(by_restarts[-1] > by_restarts[0] + 1e-4)
 
     # Not a theorem for each image, but the mean over a few must grow at such distant radii.
-    radii = [THREATS[name](EPSILON[name] * s) for s in (0.0, 0.25, 0.5, 1.0, 2.0)]
+    radii = [make(name, EPSILON[name] * s) for s in (0.0, 0.25, 0.5, 1.0, 2.0)]
     means = [float(run(attack, radius)[1].mean()) for radius in radii]
     assert np.all(np.diff(means) > 0.01)
     assert means[0] == pytest.approx(losses(X).mean(), rel=100 * U)
@@ -153,7 +160,7 @@ def test_more_restarts_and_larger_radii_are_never_weaker(attack: Any, name: str)
 
 @contract
 def test_an_image_depends_on_itself_and_its_key(attack: Any, name: str):
-    threat = THREATS[name](EPSILON[name])
+    threat = make(name, EPSILON[name])
     z, loss = map(np.asarray, run(attack, threat))
     np.testing.assert_array_equal(run(attack, threat)[0], z)  # deterministic in the key
     other_keys = example_keys(jax.random.key(9), jnp.arange(N))
@@ -185,7 +192,7 @@ def test_an_image_depends_on_itself_and_its_key(attack: Any, name: str):
 def test_one_trace_serves_every_radius_key_and_network(attack: Any, name: str):
     counting: Any = Counting(attack)
     z = [
-        perturb(counting, apply, params, x, y, THREATS[name](epsilon), jax.random.key(k)).images
+        perturb(counting, apply, params, x, y, make(name, epsilon), jax.random.key(k)).images
         for params, (x, y), epsilon, k in [
             (PARAMS, (X, Y), 0.1, 0),
             (PARAMS, (X, Y), 0.3, 0),
@@ -203,7 +210,7 @@ def test_nan_loss_leaves_the_image(attack: Any, name: str):
     def all_nan(params: Any, x: Any) -> Any:
         return jnp.where(jnp.arange(N)[:, None] == 1, jnp.nan, apply(params, x))
 
-    threat = THREATS[name](EPSILON[name])
+    threat = make(name, EPSILON[name])
     z, loss = map(np.asarray, run(attack, threat, apply=all_nan))
     np.testing.assert_array_equal(z[1], X[1])
     assert loss[1] == -np.inf
@@ -223,7 +230,7 @@ def test_finite_losses_before_a_nan_count(attack: Any, name: str):
         loss = -jax.nn.log_softmax(logits)[jnp.arange(N), Y]
         return jnp.where((loss > limit)[:, None], jnp.nan, logits)
 
-    z, loss = map(np.asarray, run(attack, THREATS[name](EPSILON[name]), apply=sometimes_nan))
+    z, loss = map(np.asarray, run(attack, make(name, EPSILON[name]), apply=sometimes_nan))
     assert not np.isnan(loss).any()
     assert not np.isnan(z).any()
     assert np.all(loss <= limit)
@@ -256,17 +263,17 @@ def test_pgd_finds_the_optimum_of_linear_classifiers(name: str, setting: str):
     x = rng.uniform(0.4, 0.6, (N, D)).astype(np.float32)
     epsilon, attack = 0.2, PGD(steps=20, **SETTINGS[setting])
     z, loss = map(
-        np.asarray, run(attack, THREATS[name](epsilon), x=x, y=y, params=(w, b), apply=linear)
+        np.asarray, run(attack, make(name, epsilon), x=x, y=y, params=(w, b), apply=linear)
     )
     w64, sign = w.astype(np.float64), 2 * y - 1
-    unit = np.sign(w64) if name == "linf" else w64 / np.linalg.norm(w64)
-    wanted = x - epsilon * sign[:, None] * unit
-    margin = sign * (x @ w64 + b) - epsilon * np.linalg.norm(w64, ord=DUAL[name])
+    wanted = x - sign[:, None] * threat_models.worst(name, w64[None], epsilon)
+    margin = sign * (x @ w64 + b) - threat_models.reach(name, w64[None], epsilon)
     np.testing.assert_allclose(loss, np.logaddexp(0, -margin), atol=1e-5, rtol=0)
     # L2 inwards: 4(√D + 4)u·ε + 2√D·u < 1e-6; a few steps' roundings beside it. From a random point
     # the loss is flat about the optimum of the L2 ball: δ across the gradient costs δ²‖w‖/2ε, so
     # roundings of the loss, 1e-6, hide δ = 4e-4.
-    relevant, flat = w != 0, name == "l2" and setting != "from the image"
+    relevant = (w != 0) | (name == "strong-l2")
+    flat = name != "linf" and setting != "from the image"
     atol = 1e-3 if flat else 5e-6
     np.testing.assert_allclose(z[:, relevant], wanted[:, relevant], atol=atol, rtol=0)
 
@@ -287,10 +294,10 @@ def test_pgd_finds_the_optimum_of_linear_classifiers_in_the_box():
 def test_never_above_the_optimum(attack: Any, name: str):
     rng = np.random.default_rng(6)
     w, b, y = rng.normal(size=D).astype(np.float32), np.float32(0.1), Y % 2
-    _, loss = run(attack, THREATS[name](EPSILON[name]), y=y, params=(w, b), apply=linear)
+    _, loss = run(attack, make(name, EPSILON[name]), y=y, params=(w, b), apply=linear)
     sign = 2 * y - 1
     margin = sign * (X @ w.astype(np.float64) + b)
-    bound = margin - EPSILON[name] * np.linalg.norm(w.astype(np.float64), ord=DUAL[name])
+    bound = margin - threat_models.reach(name, w.astype(np.float64)[None], EPSILON[name])
     assert np.all(np.asarray(loss) <= np.logaddexp(0, -bound) + 1e-5)
     assert np.all(np.asarray(loss) > np.logaddexp(0, -margin))
 
@@ -341,7 +348,7 @@ def test_pgd_costs_what_it_says(steps: int, restarts: int):
 @pytest.mark.parametrize("name", sorted(THREATS))
 @pytest.mark.parametrize("random_start", [False, True])
 def test_pgd_without_steps_is_its_start(name: str, random_start: bool):
-    threat = THREATS[name](EPSILON[name])
+    threat = make(name, EPSILON[name])
     z, loss = run(PGD(steps=0, random_start=random_start), threat)
     np.testing.assert_allclose(loss, losses(z), rtol=100 * U)
     if not random_start:
@@ -390,15 +397,15 @@ def test_pgd_bad_settings(options: dict[str, Any], match: str):
 @contract
 def test_perturb(attack: Any, name: str):
     x, y = jnp.asarray(X), jnp.asarray(Y)
-    result = perturb(attack, apply, PARAMS, x, y, THREATS[name](EPSILON[name]), jax.random.key(2))
-    z, loss = run(attack, THREATS[name](EPSILON[name]))
+    result = perturb(attack, apply, PARAMS, x, y, make(name, EPSILON[name]), jax.random.key(2))
+    z, loss = run(attack, make(name, EPSILON[name]))
     # The same attack in another program.
     np.testing.assert_allclose(result.images, z, rtol=0, atol=1e-5)
     np.testing.assert_allclose(result.loss, loss, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(result.success, apply(PARAMS, result.images).argmax(1) != Y)
     assert np.any(result.success)
     x64: Any = X.astype(np.float64)
-    from_float64 = perturb(attack, apply, PARAMS, x64, y, THREATS[name](0.1), jax.random.key(2))
+    from_float64 = perturb(attack, apply, PARAMS, x64, y, make(name, 0.1), jax.random.key(2))
     assert from_float64.images.dtype == np.float32
 
 

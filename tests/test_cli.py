@@ -1,13 +1,18 @@
 """The command line: help, settings from file and flags, each command on a saved run, errors."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
+import sys
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from ntk_awt import cli, experiment
+from ntk_awt import cli, experiment, inspection, masks
 from ntk_awt import config as configs
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError
@@ -90,14 +95,22 @@ def test_train_adds_a_network(run_dir, tmp_path):
     assert configs.load(copy / "config.toml").networks == ("dense", "random", "magnitude")
 
 
-def test_ticket_makes_tickets_and_prints_the_layers(tmp_path, capsys):
-    file = tmp_path / "config.toml"
-    configs.save(CONFIG, file)
-    root = tmp_path / "tickets"
-    assert cli.main(["ticket", "--config", str(file), "--run-dir", str(root)]) == 0
+@pytest.fixture(scope="module")
+def ticket_dir(tmp_path_factory):
+    """The folder of `ntk-awt ticket`, search included, and what it printed."""
+    folder = tmp_path_factory.mktemp("ticket")
+    configs.save(CONFIG, folder / "config.toml")
+    arguments = ["--config", str(folder / "config.toml"), "--run-dir", str(folder / "run")]
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert cli.main(["ticket", *arguments]) == 0
+    return folder / "run", printed.getvalue()
+
+
+def test_ticket_makes_tickets_and_prints_the_layers(ticket_dir):
+    root, printed = ticket_dir
     assert sorted(p.stem for p in (root / "tickets").iterdir()) == ["dense", "random", "ticket"]
     assert not (root / "trained").exists()
-    assert "dense1/kernel" in capsys.readouterr().err
+    assert "dense1/kernel" in printed
 
 
 def test_evaluate_prints_and_writes_numbers(run_dir, tmp_path, capsys):
@@ -121,12 +134,356 @@ def test_kernel_is_saved_and_drawn(run_dir, tmp_path, inputs):
     assert cli.main([*arguments, "--out", str(out)]) == 0
     with np.load(out) as saved, np.load(run_dir / "dynamics/random/epoch-0001.npz") as records:
         kernel, recorded = saved["kernel"], records["kernel"][0]
+        names = [str(saved[name]) for name in ("network", "state", "inputs", "outputs")]
+        assert saved["x1"].shape == (4, 8, 8, 1)
+        assert ("x2" in saved) == (inputs == "mixed")
+        assert saved["labels"].shape == (4,)
+    assert names == ["random", "initial", inputs, "full"]
     assert kernel.shape == (4, 4, 10, 10)
     expected = {"mixed": recorded[:4], "adversarial": recorded[4:]}.get(inputs)
     if expected is not None:
         np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert out.with_suffix(".svg").exists()
     assert out.with_suffix(".png").exists()
+
+
+# ---------------------------------------------------------------- kernels of any source
+
+MINE = """
+import numpy as np
+import jax
+
+rng = np.random.default_rng(0)
+PARAMS = {"a": rng.normal(size=(12, 7)) / 4, "b": rng.normal(size=(7, 3)) / 3}
+PARAMS = {name: w.astype("float32") for name, w in PARAMS.items()}
+
+
+def apply(params, x):
+    return jax.nn.relu(x.reshape(len(x), -1) @ params["a"]) @ params["b"]
+
+
+def build():
+    return apply, PARAMS
+
+
+def alone():
+    return apply
+
+
+def whole():
+    return apply, {"a": PARAMS["a"], "b": 3}
+
+
+def broken():
+    return apply, PARAMS["c"]
+
+
+def flat():
+    return lambda params, x: x.sum(), PARAMS
+
+
+not_callable = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a module of the user's own and with images; it is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_network", raising=False)
+    (tmp_path / "my_network.py").write_text(MINE)
+    (tmp_path / "my_broken_network.py").write_text("import no_such_module\n")
+    rng = np.random.default_rng(1)
+    x = rng.uniform(size=(5, 2, 2, 3))
+    np.savez(tmp_path / "images.npz", x=x, y=np.array([0, 1, 2, 1, 0]))
+    np.save(tmp_path / "more.npy", rng.uniform(size=(4, 2, 2, 3)).astype("float32"))
+    np.save(tmp_path / "bytes.npy", np.zeros((4, 2, 2, 3), "uint8"))
+    np.save(tmp_path / "wide.npy", np.zeros((4, 3, 2, 3), "float32"))
+    np.savez(tmp_path / "nameless.npz", z=x)
+    np.savez(tmp_path / "labels.npz", x=x, y=np.array([0, 1, 2, 1, 3]))
+    (tmp_path / "torn.npy").write_bytes((tmp_path / "more.npy").read_bytes()[:150])
+    return tmp_path
+
+
+def formula(x1, x2, gates=None):
+    """The kernel of `my_network` from its derivatives by hand, in float64.
+
+    ∂f_c/∂b[j, c] = h_j and ∂f_c/∂a[i, j] = x_i·1[u_j > 0]·b[j, c] with u = x·a, h = relu(u).
+    """
+    a, b = (np.asarray(w, float) for w in namespace()["PARAMS"].values())
+    x1, x2 = (x.astype(np.float32).astype(float).reshape(len(x), -1) for x in (x1, x2))
+    open1, open2 = ((x @ a > 0) if gates is None else gates for x in (x1, x2))
+    hidden = (x1 @ a * open1) @ (x2 @ a * open2).T
+    paths = np.einsum("nj,mj,ja,jb->nmab", open1 * 1.0, open2 * 1.0, b, b)
+    kernel = (x1 @ x2.T)[:, :, None, None] * paths
+    return kernel + hidden[:, :, None, None] * np.eye(3)
+
+
+def namespace():
+    found = {}
+    exec(MINE, found)
+    return found
+
+
+def reduced(kernel, outputs):
+    """One of the forms of a full kernel."""
+    diagonal = np.einsum("nmaa->nma", kernel)
+    forms = {"full": kernel, "diagonal": diagonal, "trace": diagonal.mean(-1)}
+    return forms[outputs] if outputs in forms else diagonal[:, :, int(outputs)]
+
+
+def close(found, expected):
+    """Equal up to float32 rounding."""
+    return np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def numbers(kernel, outputs, labels):
+    """Every metric from its definition, in float64."""
+    kernel = kernel.mean(-1) if outputs == "diagonal" else kernel
+    targets = np.eye(3)[labels] if outputs != "2" else np.eye(3)[labels][:, [2]]
+    y = np.asarray(targets)
+    if outputs == "full":
+        matrix = kernel.transpose(0, 2, 1, 3).reshape(15, 15)
+        wanted = np.outer(y.ravel(), y.ravel())
+    else:
+        matrix, wanted = kernel, y @ y.T
+    sizes = np.sort(np.abs(np.linalg.eigvalsh(matrix)))[::-1]
+    shares = sizes / sizes.sum()
+    some = shares[shares > 0]
+    return {
+        "trace": np.trace(matrix),
+        "norm ‖Θ‖_F": np.sqrt((matrix**2).sum()),
+        "effective rank": np.exp(-(some * np.log(some)).sum()),
+        "condition number": sizes[0] / sizes[-1],
+        "spectrum mass, top 1": shares[0],
+        f"spectrum mass, top {min(10, len(sizes))}": shares[:10].sum(),
+        "label alignment": (matrix * wanted).sum() / np.sqrt((matrix**2).sum() * (wanted**2).sum()),
+    }
+
+
+def metrics(file):
+    """Values by name from a --json file; every one has a unit."""
+    rows = json.loads(file.read_text())["metrics"]
+    assert all(row["unit"] for row in rows)
+    return {row["name"]: row["value"] for row in rows}
+
+
+@pytest.mark.parametrize("outputs", ["full", "diagonal", "trace", "2"])
+def test_kernel_of_ones_own_code(mine, outputs, capsys):
+    arguments = ["kernel", "my_network:build", "--images", "images.npz", "--outputs", outputs]
+    assert cli.main([*arguments, "--json", "numbers.json"]) == 0
+    shown = capsys.readouterr()
+    with np.load("images.npz") as file:
+        x, labels = file["x"], file["y"]
+    ending = "" if outputs == "full" else f"-{outputs}"
+    stem = f"kernel-my_network-build-images{ending}"
+    with np.load(f"{stem}.npz") as file:
+        found = file["kernel"]
+        np.testing.assert_array_equal(file["labels"], labels)
+    expected = reduced(formula(x, x), outputs)
+    assert close(found, expected)
+    assert not close(found, reduced(formula(x, x, gates=1), outputs))  # a network without ReLU
+    # Singular to float32, or nearly so: the condition number is a matter of rounding.
+    written, wanted = metrics(mine / "numbers.json"), numbers(expected, outputs, labels)
+    condition = written.pop("condition number")
+    assert condition is None or condition == pytest.approx(wanted["condition number"], rel=0.2)
+    del wanted["condition number"]
+    assert written == pytest.approx(wanted, rel=1e-4)
+    assert written != pytest.approx(numbers(expected, outputs, labels[::-1] // 2), rel=1e-4)
+    pictures = ["", "-spectrum", "-eigenvectors"]
+    pictures += ["-specialisation"] if outputs in ("full", "diagonal") else []
+    for picture in pictures:
+        assert f"picture: {stem}{picture}.svg" in shown.out
+        assert (mine / f"{stem}{picture}.png").stat().st_size > 1000
+    assert len(list(mine.glob("*.svg"))) == len(pictures)
+    # The plan comes first, then the table.
+    assert shown.err.index("engine layerwise") < shown.err.index("logits² / parameter²")
+
+
+def test_mixed_kernel_of_two_files(mine):
+    arguments = ["kernel", "my_network:build", "--images", "images.npz", "--images2", "more.npy"]
+    out = ["--out", "found/mixed.npz", "--json", "numbers.json", "--engine", "products"]
+    assert cli.main([*arguments, *out, "--batch", "3"]) == 0
+    with np.load("images.npz") as file:
+        expected = formula(file["x"], np.load("more.npy"))
+    with np.load("found/mixed.npz") as file:
+        assert close(file["kernel"], expected)
+        assert not close(file["kernel"], formula(*[np.load("images.npz")["x"]] * 2)[:, :4])
+        np.testing.assert_array_equal(file["x2"], np.load("more.npy"))
+        assert "labels" not in file
+    record = json.loads((mine / "numbers.json").read_text())
+    assert (record["engine"], record["shape"]) == ("products", [5, 4, 3, 3])
+    values = np.linalg.svd(expected.transpose(0, 2, 1, 3).reshape(15, 12), compute_uv=False)
+    written = metrics(mine / "numbers.json")
+    assert not {"trace", "label alignment"} & set(written)
+    assert written["spectrum mass, top 1"] == pytest.approx(values[0] / values.sum(), rel=1e-4)
+    assert sorted(p.name for p in (mine / "found").glob("*.svg")) == [
+        "mixed-spectrum.svg",
+        "mixed.svg",
+    ]
+
+
+def test_a_number_that_is_not_finite_is_null(mine):
+    """One image of no class 2, of an output that is linear in it: rank one, no alignment."""
+    np.savez("one.npz", x=np.ones((2, 2, 2, 3)), y=np.array([0, 1]))
+    arguments = ["kernel", "my_network:build", "--images", "one.npz", "--outputs", "2"]
+    assert cli.main([*arguments, "--json", "numbers.json"]) == 0
+    written = metrics(mine / "numbers.json")
+    assert written["condition number"] is None
+    assert written["label alignment"] is None
+    assert written["effective rank"] == pytest.approx(1, abs=1e-4)
+
+
+def same(one, two):
+    """Whether two pytrees have equal leaves."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def ticket_of(source):
+    return (source.network.params, source.mask, source.gain)
+
+
+def test_saved_ticket_alone_and_in_its_run(run_dir, tmp_path):
+    """A file gives what its run gives, also without the run."""
+    run = experiment.open_run(run_dir)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "images.npy", rng.uniform(size=(3, 8, 8, 1)))
+    for state, load in (("initial", run.load_ticket), ("trained", run.load_trained)):
+        inside = run.paths.ticket("random") if state == "initial" else run.paths.trained("random")
+        alone = tmp_path / f"{state}.safetensors"
+        shutil.copyfile(inside, alone)
+        sources = [
+            inspection.open_source(str(run_dir), "random", state),
+            inspection.open_source(str(inside)),
+            inspection.open_source(str(alone)),
+        ]
+        kernels = []
+        for source in sources:
+            assert same(ticket_of(source), load("random"))
+            images = inspection.choose_inputs(source, images=tmp_path / "images.npy")
+            plan = inspection.plan(source, images, "trace")
+            kernels.append(inspection.compute(source, images, plan).kernel)
+        np.testing.assert_array_equal(kernels[0], kernels[1])
+        np.testing.assert_allclose(kernels[0], kernels[2], rtol=1e-5)
+        assert [source.run is None for source in sources] == [False, False, True]
+        assert sources[1].state == state
+    assert not same(run.load_ticket("random"), run.load_trained("random"))
+
+
+def test_dense_network_is_taken_without_a_mask(run_dir):
+    """All of a mask's entries kept, and gains of 1, are no mask, and cost less so."""
+    assert inspection.open_source(str(run_dir)).mask is None
+    assert inspection.open_source(str(run_dir), "random").mask is not None
+
+
+def test_checkpoint_of_a_training(run_dir):
+    run = experiment.open_run(run_dir)
+    folder = run_dir / "checkpoints" / "train-random"
+    for place in (folder, folder / "3"):
+        source = inspection.open_source(str(place))
+        assert same(ticket_of(source), run.load_trained("random"))
+        assert not same(source.network.params, run.load_ticket("random").params)
+        assert (source.name, source.state) == ("random", "train step 18")
+    images = inspection.choose_inputs(source, "clean")
+    np.testing.assert_array_equal(images.x1, run.probe[0])
+    file = inspection.default_file(source, images, inspection.plan(source, images))
+    assert file == run.paths.figures / "kernel-random-train-step-18-clean.npz"
+
+
+def test_checkpoint_of_a_search(ticket_dir):
+    root, _ = ticket_dir
+    run = experiment.open_run(root)
+    source = inspection.open_source(str(root / "checkpoints" / "search-ticket"))
+    assert same(ticket_of(source), run.load_ticket("ticket"))
+    assert not same(source.network.params, run.load_ticket("random").params)
+    assert source.state == "search step 6"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["my_netwrk:build"], "module my_netwrk: expected a module in"),
+        (["my_network.part:build"], "module my_network.part: expected a module in"),
+        (["my_network:biuld"], "got 'biuld'; did you mean 'build'?"),
+        (["my_network:not_callable"], "function of my_network: expected one of"),
+        (["my_network:alone"], "result of my_network:alone: expected a tuple (apply, params)"),
+        (["my_network:whole"], "params of my_network:whole: b: expected an array of floats"),
+        (["my_network:broken"], "got KeyError: 'c' (my_network.py, line 29)"),
+        (["my_broken_network:build"], "got ModuleNotFoundError: No module named 'no_such_module'"),
+        (["my_network:build"], "--images: expected FILE.npy or FILE.npz, since this source"),
+        (["my_network:flat", "--images", "more.npy"], "logits of my_network:flat: expected [4, c]"),
+        (["my_network:build", "--images", "none.npy"], "images none.npy: expected a .npy or .npz"),
+        (["my_network:build", "--images", "torn.npy"], "images torn.npy: expected a .npy or .npz"),
+        (["my_network:build", "--images", "nameless.npz"], "expected an array x in it, got z"),
+        (["my_network:build", "--images", "bytes.npy"], "convert first"),
+        (["my_network:build", "--images", "wide.npy"], "images: expected what my_network:build"),
+        (["my_network:build", "--images", "labels.npz"], "labels: expected labels in 0…2"),
+        (["my_network:build", "--images2", "more.npy"], "--images2: expected --images with it"),
+        (["my_network:build", "--network", "dense"], "--network: expected none"),
+        (["my_network:build", "--state", "trained"], "--state: expected none"),
+        (
+            ["my_network:build", "--images", "more.npy", "--inputs", "clean"],
+            "--inputs: expected none with --images",
+        ),
+        (
+            ["my_network:build", "--images", "more.npy", "--outputs", "3"],
+            "number of a logit, 0…2, got 3",
+        ),
+        (
+            ["my_network:build", "--images", "more.npy", "--outputs", "all"],
+            "outputs: expected one of diagonal, full, trace",
+        ),
+        (["my_network:build", "--images", "more.npy", "--out", "k.svg"], "ends in .npz"),
+        (["none.safetensors"], "ticket none.safetensors: expected a safetensors file"),
+        (["more.npy"], "run folder more.npy: expected a folder with config.toml"),
+        (["checkpoints/train-dense"], "run folder"),
+    ],
+)
+def test_bad_sources_are_one_line_and_leave_nothing(mine, arguments, message, capsys):
+    before = sorted(mine.iterdir())
+    assert cli.main(["kernel", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    shutil.rmtree(mine / "__pycache__", ignore_errors=True)
+    assert sorted(mine.iterdir()) == before
+    assert str(mine) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "expected the model that it belongs to, got no model; put it back"),
+        ({"model": "{}", "input_shape": "[8, 8, 1]"}, "got no num_classes"),
+        ({"model": "{", "input_shape": "[8]", "num_classes": "3"}, "expected JSON"),
+        ({"model": "{}", "input_shape": "8", "num_classes": "3"}, "expected JSON"),
+        (
+            {"model": '{"nam": "mlp"}', "input_shape": "[8]", "num_classes": "3"},
+            "did you mean 'name'",
+        ),
+        (
+            {"model": "{}", "input_shape": "[8]", "num_classes": "3"},
+            "params dense1/bias: expected a leaf of shape",
+        ),
+    ],
+)
+def test_ticket_file_that_does_not_say_its_model(tmp_path, metadata, message, capsys):
+    weights = {"a": np.ones((2, 2), np.float32)}
+    ticket = masks.Ticket(weights, masks.ones(weights), masks.unit_gain(weights))
+    masks.save_ticket(ticket, tmp_path / "mine.safetensors", metadata)
+    assert cli.main(["kernel", str(tmp_path / "mine.safetensors")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_status_is_shown_on_a_terminal_only(monkeypatch):
+    for terminal in (True, False):
+        written = io.StringIO()
+        monkeypatch.setattr(cli, "console", Console(file=written, force_terminal=terminal))
+        with cli.Bars().status("kernel"):
+            pass
+        assert ("kernel" in written.getvalue()) == terminal
 
 
 def test_report_redraws_one_and_compares_two(run_dir, tmp_path):

@@ -14,6 +14,7 @@ from ntk_awt.errors import InputError
 from ntk_awt.evaluation import evaluate, proportion
 from ntk_awt.threats import L2, THREATS, Linf
 from tests.counting import Counting
+from tests.threat_models import make
 
 N, D, CLASSES = 23, 8, 3
 STEPS, EPSILON = 4, 0.1
@@ -97,7 +98,7 @@ def test_wrong_evaluations_are_rejected():
 @pytest.mark.parametrize("name", sorted(THREATS))
 def test_the_batch_size_does_not_show(name: str):
     """Whole, padded and single batches give each image the same attack and the same verdict."""
-    results = [run(threat=THREATS[name](EPSILON), batch_size=b) for b in (8, 1, 500)]
+    results = [run(threat=make(name, EPSILON, D), batch_size=b) for b in (8, 1, 500)]
     for other in results[1:]:
         np.testing.assert_array_equal(other.natural_correct, results[0].natural_correct)
         np.testing.assert_array_equal(other.robust_correct, results[0].robust_correct)
@@ -107,7 +108,7 @@ def test_the_batch_size_does_not_show(name: str):
         assert other.natural == results[0].natural
         assert other.robust == results[0].robust
     for n in (1, 8, 9):  # less than a batch, a whole one, one image more
-        some = run(threat=THREATS[name](EPSILON), x=X[:n], y=Y[:n])
+        some = run(threat=make(name, EPSILON, D), x=X[:n], y=Y[:n])
         assert some.images.shape == (n, D)
         assert some.robust.n == n
         np.testing.assert_allclose(some.images, results[0].images[:n], atol=1e-5, rtol=0)
@@ -116,10 +117,10 @@ def test_the_batch_size_does_not_show(name: str):
 @pytest.mark.parametrize("name", sorted(THREATS))
 def test_robust_is_never_above_natural(name: str):
     for epsilon in (0.01, 0.1, 0.5):
-        result = run(threat=THREATS[name](epsilon))
+        result = run(threat=make(name, epsilon, D))
         assert np.all(result.robust_correct <= result.natural_correct)
         assert result.robust.value <= result.natural.value
-    zero = run(threat=THREATS[name](0.0))
+    zero = run(threat=make(name, 0.0, D))
     np.testing.assert_array_equal(zero.robust_correct, zero.natural_correct)
     np.testing.assert_array_equal(zero.images, X)
     assert zero.robust == zero.natural
