@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,12 +84,20 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A kernel, of what, and how it was computed."""
+    """A kernel, of what, how it was computed, and its spectrum.
+
+    Attributes:
+        source, inputs, plan: as given.
+        kernel: [n1, n2, *outputs].
+        spectrum: eigenvalues, or singular values of a mixed kernel; of diagonal blocks those of
+            their mean over the outputs.
+    """
 
     source: Source
     inputs: Inputs
     plan: Plan
     kernel: np.ndarray
+    spectrum: np.ndarray
 
 
 class Metric(NamedTuple):
@@ -398,7 +407,18 @@ def compute(source: Source, inputs: Inputs, plan: Plan) -> Result:
     (apply, params), mask, gain = source.network, source.mask, source.gain
     kernel = kernels.empirical(apply, params, inputs.x1, inputs.x2, mask=mask, gain=gain, plan=plan)
     check_finite("kernel", kernel)
-    return Result(source, inputs, plan, np.asarray(kernel))
+    spectrum = _spectrum(kernel, inputs.x2 is not None)
+    return Result(source, inputs, plan, np.asarray(kernel), np.asarray(spectrum))
+
+
+def _matrix(kernel: jax.Array) -> jax.Array:
+    """The kernel in a form that has a spectrum: full, or one matrix on the images."""
+    return jnp.mean(kernel, axis=2) if kernel.ndim == 3 else kernel
+
+
+@partial(jax.jit, static_argnames="mixed")
+def _spectrum(kernel: jax.Array, mixed: bool) -> jax.Array:
+    return kernels.spectrum(_matrix(kernel), mixed=mixed)
 
 
 def _one_hot(result: Result) -> np.ndarray | None:
@@ -412,10 +432,23 @@ def _one_hot(result: Result) -> np.ndarray | None:
     return targets[:, [outputs]] if isinstance(outputs, int) else targets
 
 
-def _matrix(result: Result) -> jax.Array:
-    """The kernel in a form that has a spectrum: full, or one matrix on the images."""
-    kernel = jnp.asarray(result.kernel)
-    return jnp.mean(kernel, axis=2) if kernel.ndim == 3 else kernel
+@jax.jit
+def _metrics(
+    kernel: jax.Array, spectrum: jax.Array, targets: jax.Array | None
+) -> dict[str, jax.Array]:
+    matrix = _matrix(kernel)
+    found = {
+        "norm": jnp.linalg.norm(matrix.ravel()),
+        "rank": kernels.effective_rank(spectrum),
+        "condition": kernels.condition_number(spectrum),
+        "first": kernels.spectrum_mass(spectrum, 1),
+        "ten": kernels.spectrum_mass(spectrum, min(10, len(spectrum))),
+    }
+    if kernel.shape[0] == kernel.shape[1]:
+        found["trace"] = jnp.trace(kernels.flatten(matrix))
+    if targets is not None:
+        found["alignment"] = kernels.label_alignment(matrix, targets)
+    return found
 
 
 def measure(result: Result) -> list[Metric]:
@@ -425,21 +458,24 @@ def measure(result: Result) -> list[Metric]:
     singular values in place of eigenvalues, and no trace. The alignment of one logit's kernel is
     that with the labels of its class.
     """
-    matrix, mixed = _matrix(result), result.inputs.x2 is not None
-    values = kernels.spectrum(matrix, mixed=mixed)
-    rows = [] if mixed else [("trace", jnp.trace(kernels.flatten(matrix)), UNIT)]
-    rows += [
-        ("norm ‖Θ‖_F", jnp.linalg.norm(matrix.ravel()), UNIT),
-        ("effective rank", kernels.effective_rank(values), f"of {len(values)}"),
-        ("condition number", kernels.condition_number(values), "ratio"),
+    size, targets = len(result.spectrum), _one_hot(result)
+    found = _metrics(result.kernel, result.spectrum, targets)
+    rows = [
+        ("trace", "trace", UNIT),
+        ("norm ‖Θ‖_F", "norm", UNIT),
+        ("effective rank", "rank", f"of {size}"),
+        ("condition number", "condition", "ratio"),
+        ("spectrum mass, top 1", "first", "share"),
+        (f"spectrum mass, top {min(10, size)}", "ten", "share"),
+        ("label alignment", "alignment", "cosine"),
     ]
-    for k in sorted({1, min(10, len(values))}):
-        rows.append((f"spectrum mass, top {k}", kernels.spectrum_mass(values, k), "share"))
-    if (targets := _one_hot(result)) is not None:
-        rows.append(
-            ("label alignment", kernels.label_alignment(matrix, jnp.asarray(targets)), "cosine")
-        )
-    return [Metric(name, float(value), unit) for name, value, unit in rows]
+    skipped = {"trace"} if result.inputs.x2 is not None else set()
+    skipped |= {"ten"} if size == 1 else set()
+    return [
+        Metric(name, float(found[key]), unit)
+        for name, key, unit in rows
+        if key in found and key not in skipped
+    ]
 
 
 # ---------------------------------------------------------------- files
@@ -456,7 +492,7 @@ def default_file(source: Source, inputs: Inputs, plan: Plan) -> Path:
 
 def save(result: Result, file: Path) -> None:
     """Write the kernel, its images x1 and x2, labels, and the names of all of that, as .npz."""
-    source, inputs, plan, kernel = result
+    source, inputs, plan, kernel, _ = result
     arrays = {"kernel": kernel, "x1": inputs.x1, "x2": inputs.x2, "labels": inputs.labels}
     names = {"network": source.name, "state": source.state, "inputs": inputs.name}
     arrays |= names | {"outputs": str(plan.outputs)}
@@ -466,7 +502,7 @@ def save(result: Result, file: Path) -> None:
 
 def record(result: Result, metrics: list[Metric]) -> dict[str, Any]:
     """What was measured, and of what, as JSON values; None for a number that is not finite."""
-    source, inputs, chosen, kernel = result
+    source, inputs, chosen, kernel, _ = result
     return {
         "network": source.name,
         "state": source.state,
@@ -487,25 +523,24 @@ def figures(result: Result) -> dict[str, Figure]:
     Eigenvectors need one set of images with one or three channels; specialisation needs labels
     and the kernels of all outputs.
     """
-    source, inputs, chosen, kernel = result
+    source, inputs, chosen, kernel, values = result
     title = ", ".join(filter(None, (source.name, source.state, inputs.name)))
     if kernel.ndim == 2:
         one = isinstance(chosen.outputs, int)
         title += f": output {chosen.outputs}" if one else ": mean over outputs"
-    matrix, mixed = _matrix(result), inputs.x2 is not None
-    values = np.asarray(kernels.spectrum(matrix, mixed=mixed))
     drawn = {
         "kernel": plots.kernel(kernel, title),
         "spectrum": plots.spectrum({source.name: values}),
     }
     shape = inputs.x1.shape
-    if not mixed and len(shape) == 4 and shape[-1] in (1, 3):
-        sizes, vectors = kernels.eigenvectors(matrix, min(EIGENVECTORS, shape[0]))
+    if inputs.x2 is None and len(shape) == 4 and shape[-1] in (1, 3):
+        decompose = jax.jit(kernels.eigenvectors, static_argnums=1)
+        sizes, vectors = decompose(kernel, min(EIGENVECTORS, shape[0]))
         pictures = kernels.eigenpictures(vectors, jnp.asarray(inputs.x1))
         drawn["eigenvectors"] = plots.eigenvectors(np.asarray(pictures), np.asarray(sizes))
     targets = _one_hot(result)
     if targets is not None and kernel.ndim > 2:
-        shares = np.asarray(kernels.specialisation(jnp.asarray(kernel), jnp.asarray(targets)))
+        shares = np.asarray(jax.jit(kernels.specialisation)(kernel, targets))
         drawn["specialisation"] = plots.specialisation(shares, [str(c) for c in range(len(shares))])
     return drawn
 

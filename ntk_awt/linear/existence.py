@@ -252,7 +252,7 @@ def _search(
     if np.isfinite(errors[best]):
         around = (grid[max(best - 1, 0)], grid[min(best + 1, 10)])
         finest: Any = scipy.optimize.minimize_scalar(
-            error_at, bounds=around, method="bounded", options={"xatol": 1e-9}
+            error_at, bounds=around, method="bounded", options={"xatol": 1e-6}
         )
         directions += [at(float(finest.x)).w, at(grid[best]).w]
     directions += list(rng.standard_normal((starts, len(half))))
