@@ -205,31 +205,27 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def formula(x1, x2, gates=None):
+def formula(x1, x2, relu=True):
     """The kernel of `my_network` from its derivatives by hand, in float64.
 
     ∂f_c/∂b[j, c] = h_j and ∂f_c/∂a[i, j] = x_i·1[u_j > 0]·b[j, c] with u = x·a, h = relu(u).
     """
-    a, b = (np.asarray(w, float) for w in namespace()["PARAMS"].values())
-    x1, x2 = (x.astype(np.float32).astype(float).reshape(len(x), -1) for x in (x1, x2))
-    open1, open2 = ((x @ a > 0) if gates is None else gates for x in (x1, x2))
-    hidden = (x1 @ a * open1) @ (x2 @ a * open2).T
-    paths = np.einsum("nj,mj,ja,jb->nmab", open1 * 1.0, open2 * 1.0, b, b)
-    kernel = (x1 @ x2.T)[:, :, None, None] * paths
-    return kernel + hidden[:, :, None, None] * np.eye(3)
-
-
-def namespace():
     found = {}
     exec(MINE, found)
-    return found
+    a, b = (w.astype(float) for w in found["PARAMS"].values())
+    x1, x2 = (x.astype(np.float32).astype(float).reshape(len(x), -1) for x in (x1, x2))
+    u1, u2 = x1 @ a, x2 @ a
+    open1, open2 = (1.0 * ((u > 0) | (not relu)) for u in (u1, u2))
+    paths = np.einsum("nj,mj,ja,jb->nmab", open1, open2, b, b)
+    hidden = (u1 * open1) @ (u2 * open2).T
+    return (x1 @ x2.T)[:, :, None, None] * paths + hidden[:, :, None, None] * np.eye(3)
 
 
 def reduced(kernel, outputs):
     """One of the forms of a full kernel."""
     diagonal = np.einsum("nmaa->nma", kernel)
     forms = {"full": kernel, "diagonal": diagonal, "trace": diagonal.mean(-1)}
-    return forms[outputs] if outputs in forms else diagonal[:, :, int(outputs)]
+    return forms[outputs] if outputs in forms else diagonal[:, :, outputs]
 
 
 def close(found, expected):
@@ -240,8 +236,7 @@ def close(found, expected):
 def numbers(kernel, outputs, labels):
     """Every metric from its definition, in float64."""
     kernel = kernel.mean(-1) if outputs == "diagonal" else kernel
-    targets = np.eye(3)[labels] if outputs != "2" else np.eye(3)[labels][:, [2]]
-    y = np.asarray(targets)
+    y = np.eye(3)[labels] if isinstance(outputs, str) else np.eye(3)[labels][:, [outputs]]
     if outputs == "full":
         matrix = kernel.transpose(0, 2, 1, 3).reshape(15, 15)
         wanted = np.outer(y.ravel(), y.ravel())
@@ -268,36 +263,57 @@ def metrics(file):
     return {row["name"]: row["value"] for row in rows}
 
 
-@pytest.mark.parametrize("outputs", ["full", "diagonal", "trace", "2"])
-def test_kernel_of_ones_own_code(mine, outputs, capsys):
-    arguments = ["kernel", "my_network:build", "--images", "images.npz", "--outputs", outputs]
+def check_numbers(written, kernel, outputs, labels):
+    wanted = numbers(kernel, outputs, labels)
+    other = numbers(kernel, outputs, np.array([0, 0, 2, 1, 2]))
+    # A kernel that is singular, or nearly so, has a condition number of rounding.
+    condition = written.pop("condition number")
+    assert condition > 1e4 or condition == pytest.approx(wanted["condition number"], rel=0.1)
+    del wanted["condition number"], other["condition number"]
+    assert written == pytest.approx(wanted, rel=1e-4)
+    assert written != pytest.approx(other, rel=1e-4)
+
+
+def test_kernel_of_ones_own_code(mine, capsys):
+    arguments = ["kernel", "my_network:build", "--images", "images.npz"]
     assert cli.main([*arguments, "--json", "numbers.json"]) == 0
     shown = capsys.readouterr()
-    with np.load("images.npz") as file:
-        x, labels = file["x"], file["y"]
-    ending = "" if outputs == "full" else f"-{outputs}"
-    stem = f"kernel-my_network-build-images{ending}"
-    with np.load(f"{stem}.npz") as file:
-        found = file["kernel"]
+    stem = "kernel-my_network-build-images"
+    with np.load("images.npz") as given, np.load(f"{stem}.npz") as file:
+        x, labels, found = given["x"], given["y"], file["kernel"]
         np.testing.assert_array_equal(file["labels"], labels)
-    expected = reduced(formula(x, x), outputs)
-    assert close(found, expected)
-    assert not close(found, reduced(formula(x, x, gates=1), outputs))  # a network without ReLU
-    # Singular to float32, or nearly so: the condition number is a matter of rounding.
-    written, wanted = metrics(mine / "numbers.json"), numbers(expected, outputs, labels)
-    condition = written.pop("condition number")
-    assert condition is None or condition == pytest.approx(wanted["condition number"], rel=0.2)
-    del wanted["condition number"]
-    assert written == pytest.approx(wanted, rel=1e-4)
-    assert written != pytest.approx(numbers(expected, outputs, labels[::-1] // 2), rel=1e-4)
-    pictures = ["", "-spectrum", "-eigenvectors"]
-    pictures += ["-specialisation"] if outputs in ("full", "diagonal") else []
+        assert close(file["x1"], x)
+    assert close(found, formula(x, x))
+    assert not close(found, formula(x, x, relu=False))
+    record = json.loads((mine / "numbers.json").read_text())
+    assert (record["network"], record["inputs"]) == ("my_network:build", "images")
+    check_numbers(metrics(mine / "numbers.json"), formula(x, x), "full", labels)
+    pictures = [f"{stem}{kind}" for kind in ("", "-spectrum", "-eigenvectors", "-specialisation")]
     for picture in pictures:
-        assert f"picture: {stem}{picture}.svg" in shown.out
-        assert (mine / f"{stem}{picture}.png").stat().st_size > 1000
+        assert f"picture: {picture}.svg" in shown.out
+        assert (mine / f"{picture}.png").stat().st_size > 1000
     assert len(list(mine.glob("*.svg"))) == len(pictures)
-    # The plan comes first, then the table.
+    # The plan comes first, then the table, with units.
     assert shown.err.index("engine layerwise") < shown.err.index("logits² / parameter²")
+
+
+@pytest.mark.parametrize("outputs", ["diagonal", "trace", 2])
+def test_other_outputs_of_a_kernel(mine, outputs):
+    source = inspection.open_source("my_network:build")
+    images = inspection.choose_inputs(source, images=mine / "images.npz")
+    plan = inspection.plan(source, images, outputs)
+    result = inspection.compute(source, images, plan)
+    expected = reduced(formula(images.x1, images.x1), outputs)
+    assert close(result.kernel, expected)
+    assert not close(result.kernel, expected[::-1])
+    written = {metric.name: metric.value for metric in inspection.measure(result)}
+    check_numbers(written, expected, outputs, images.labels)
+    drawn = {"kernel", "spectrum", "eigenvectors"} | (
+        {"specialisation"} if outputs == "diagonal" else set()
+    )
+    assert set(inspection.figures(result)) == drawn
+    ending = f"kernel-my_network-build-images-{outputs}.npz"
+    assert str(inspection.default_file(source, images, plan)) == ending
 
 
 def test_mixed_kernel_of_two_files(mine):
@@ -308,7 +324,7 @@ def test_mixed_kernel_of_two_files(mine):
         expected = formula(file["x"], np.load("more.npy"))
     with np.load("found/mixed.npz") as file:
         assert close(file["kernel"], expected)
-        assert not close(file["kernel"], formula(*[np.load("images.npz")["x"]] * 2)[:, :4])
+        assert not close(file["kernel"], expected[:, ::-1])
         np.testing.assert_array_equal(file["x2"], np.load("more.npy"))
         assert "labels" not in file
     record = json.loads((mine / "numbers.json").read_text())
@@ -324,11 +340,13 @@ def test_mixed_kernel_of_two_files(mine):
 
 
 def test_a_number_that_is_not_finite_is_null(mine):
-    """One image of no class 2, of an output that is linear in it: rank one, no alignment."""
-    np.savez("one.npz", x=np.ones((2, 2, 2, 3)), y=np.array([0, 1]))
-    arguments = ["kernel", "my_network:build", "--images", "one.npz", "--outputs", "2"]
-    assert cli.main([*arguments, "--json", "numbers.json"]) == 0
-    written = metrics(mine / "numbers.json")
+    """Two equal images, none of class 2: a singular kernel, without alignment to that class."""
+    np.savez("twice.npz", x=np.ones((2, 2, 2, 3)), y=np.array([0, 1]))
+    source = inspection.open_source("my_network:build")
+    images = inspection.choose_inputs(source, images=mine / "twice.npz")
+    result = inspection.compute(source, images, inspection.plan(source, images, 2))
+    rows = inspection.record(result, inspection.measure(result))["metrics"]
+    written = {row["name"]: row["value"] for row in rows}
     assert written["condition number"] is None
     assert written["label alignment"] is None
     assert written["effective rank"] == pytest.approx(1, abs=1e-4)
@@ -409,7 +427,7 @@ def test_checkpoint_of_a_search(ticket_dir):
         (["my_network:not_callable"], "function of my_network: expected one of"),
         (["my_network:alone"], "result of my_network:alone: expected a tuple (apply, params)"),
         (["my_network:whole"], "params of my_network:whole: b: expected an array of floats"),
-        (["my_network:broken"], "got KeyError: 'c' (my_network.py, line 29)"),
+        (["my_network:broken"], "got KeyError: 'c' (my_network.py, line 27)"),
         (["my_broken_network:build"], "got ModuleNotFoundError: No module named 'no_such_module'"),
         (["my_network:build"], "--images: expected FILE.npy or FILE.npz, since this source"),
         (["my_network:flat", "--images", "more.npy"], "logits of my_network:flat: expected [4, c]"),

@@ -238,7 +238,7 @@ SETTINGS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "tiles": (7, 0, {"batch": 3}, {"images": 2}),
     "mixed": (5, 4, {}, {"rows": 2}),
     "mixed-tiles": (4, 6, {"batch": 2}, {}),
-    "little-memory": (6, 3, {"memory": 6000}, {}),
+    "little-memory": (6, 3, {"memory": 2500}, {}),
 }
 """Numbers of images (none: x2 not given), arguments of `plan`, and what is changed in the plan."""
 
@@ -327,7 +327,7 @@ def test_empty_units_layers_and_masks():
     unit["head"]["bias"][:2] = False
     unit["conv"] = none["conv"]
     for form, mask in (("packed", unit), ("kept", unit), ("packed", none), ("kept", none)):
-        chosen = dict(zip(LAYERS, ("kept", form), strict=True))
+        chosen: dict[str, str] = dict(zip(LAYERS, ("kept", form), strict=True))
         plan = kernels.plan(SMALL.apply, params, x, mask=mask, forms=chosen)
         kernel = kernels.empirical(SMALL.apply, params, x, mask=mask, plan=plan)
         assert agree(kernel, reference(SMALL, x, mask=mask))
@@ -553,7 +553,8 @@ def test_derivatives_agree_with_finite_differences(case):
         x1, x2 = images(8, 3, (5, 2)), images(9, 2, (5, 2))
         params, x1, x2, given = jax.tree.map(jnp.asarray, doubled((SMALL.params, x1, x2, given)))
         right = x2 if n2 else None
-        forced = dict(zip(LAYERS, chosen, strict=True)) if engine == "layerwise" else None
+        layers: dict[str, str] = dict(zip(LAYERS, chosen, strict=True))
+        forced = layers if engine == "layerwise" else None
         plan = kernels.plan(
             positions, params, x1, right, mask=given.get("mask"), engine=engine, forms=forced,
             **{**arguments, "batch": 2 if "batch" in arguments else None},
@@ -574,7 +575,7 @@ def test_derivatives_agree_with_finite_differences(case):
 
         both = jax.jit(jax.value_and_grad(scalar))
         gradient = both(free)[1]
-        step = 1e-5
+        step, direction, ends = 1e-5, {}, []
         for name in free:
             noise = leafwise(lambda k, w: jax.random.normal(k, w.shape, w.dtype), free, 6)
             direction = {k: v if k == name else 0 * v for k, v in noise.items() if k == name}
@@ -583,7 +584,9 @@ def test_derivatives_agree_with_finite_differences(case):
             slope = float(ends[0][0] - ends[1][0]) / (2 * step)
             assert float(dot(gradient, direction)) == pytest.approx(slope, rel=1e-6), name
         if kind == "boolean":
-            pruned = jax.tree.map(lambda g, m: jnp.abs(g * ~m).max(), gradient["params"], mask)
+            pruned = jax.tree.map(
+                lambda g, m: jnp.abs(g * ~m).max(), gradient["params"], given["mask"]
+            )
             assert max(jax.tree.leaves(pruned)) == 0
         # `direction`, `ends`: of the last argument.
         second = jax.jit(lambda f, d: jax.jvp(jax.grad(scalar), (f,), (d,))[1])(free, direction)

@@ -320,6 +320,7 @@ def test_simulate_counts_what_rates_say():
             low, high = linear.binomial_interval(getattr(found, name), counts.n)
             assert low <= getattr(counts, name) <= high
         assert counts.clean + counts.adversarial == counts.robust
+    problem, model, threat = random_problem(0)
     blocks = linear.simulate(model, problem, threat, 100_001, np.random.default_rng(0))
     assert blocks.n == 100_001
 
@@ -831,7 +832,7 @@ def test_knowledge_makes_robust_where_nothing_else_does():
 
 def test_real_data():
     """Digits 3 and 7 on the class means' direction: knowledge costs little and gives much."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images, target = digits.images / 16.0, digits.target
     keep = np.isin(target, [3, 7])
     x, y = images[keep], target[keep]

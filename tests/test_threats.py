@@ -519,7 +519,7 @@ def test_nearest_points_lie_on_every_face():
     v = nearest - x
     on_ball = norms(v, 2) > STRONG["epsilon"] - 1e-5
     on_signal = norms(threat_models.signal(v), 2) > STRONG["delta"] - 1e-5
-    on_box = ((nearest < 1e-7) | (nearest > 1 - 1e-7)).any(1)
+    on_box = np.any((nearest < 1e-7) | (nearest > 1 - 1e-7), axis=1)
     assert len(set(zip(on_ball, on_signal, on_box, strict=True))) == 8
 
 
