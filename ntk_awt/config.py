@@ -11,6 +11,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -164,6 +165,8 @@ class TrainConfig:
 
     loss: str = "adversarial"
     """adversarial, natural or trades."""
+    criterion: str = field(default="cross-entropy", metadata={"hash": "unless default"})
+    """cross-entropy, or squared (half the squared distance to the one-hot label)."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
@@ -320,6 +323,11 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
     Left out are the data folder, and the list of networks: one more can join a finished run.
     """
+    return _flat(config, lambda f, value: f.metadata.get("hash", True))
+
+
+def _flat(config: Any, keep: Callable[[dataclasses.Field, Any], Any]) -> dict[str, Any]:
+    """Values by full name, of the settings that are to be kept."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, prefix: str) -> None:
@@ -327,7 +335,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
             item = getattr(value, f.name)
             if dataclasses.is_dataclass(item):
                 walk(item, f"{prefix}{f.name}.")
-            elif f.metadata.get("hash", True):
+            elif keep(f, item):
                 flat[prefix + f.name] = list(item) if isinstance(item, tuple) else item
 
     walk(config, "")
@@ -337,14 +345,22 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def digest(config: RunConfig) -> str:
     """Eight hexadecimal digits that depend on `identity(config)` only, on every machine.
 
+    A setting that came later (`"hash": "unless default"`) counts only where it is not at its
+    default, so that earlier runs keep their folders.
+
     Example:
         >>> digest(RunConfig()) == digest(RunConfig(data=DataConfig(data_dir=Path("elsewhere"))))
         True
         >>> digest(RunConfig()) == digest(RunConfig(seed=1))
         False
     """
+
+    def counts(f: dataclasses.Field, value: Any) -> bool:
+        rule = f.metadata.get("hash", True)
+        return value != f.default if rule == "unless default" else rule
+
     plain = from_dict(to_dict(config))  # 1 and 1.0 are the same setting
-    text = json.dumps(identity(plain), sort_keys=True)
+    text = json.dumps(_flat(plain, counts), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -36,7 +36,7 @@ import numpy as np
 from ntk_awt import config as configs
 from ntk_awt import data, masks, models, report, threats, tickets, training
 from ntk_awt._version import __version__
-from ntk_awt.attacks import PGD, cross_entropy, example_keys
+from ntk_awt.attacks import CRITERIA, PGD, cross_entropy, example_keys
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.config import RunConfig, ThreatConfig
 from ntk_awt.errors import InputError, choose
@@ -651,6 +651,7 @@ def check_names(config: RunConfig) -> None:
     choose("threat model", config.threat.name, threats.THREATS)
     choose("solver", config.ticket.solver, tickets.SOLVERS)
     choose("loss", config.train.loss, training.LOSSES)
+    choose("criterion", config.train.criterion, CRITERIA)
     training.make_optimizer(config.train, 1)
 
 

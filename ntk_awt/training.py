@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntk_awt.attacks import Attack, check_examples, cross_entropy, example_keys
+from ntk_awt.attacks import CRITERIA, Attack, check_examples, criterion, example_keys
 from ntk_awt.attacks.base import LossFn
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.config import TrainConfig
@@ -42,26 +42,42 @@ def _kl(reference: Logits, logits: Logits) -> jax.Array:
 
 
 def _natural(
-    apply: ApplyFn, params: Params, batch: Batch, attack: Attack, threat: Threat, beta: float
+    apply: ApplyFn,
+    params: Params,
+    batch: Batch,
+    attack: Attack,
+    threat: Threat,
+    config: TrainConfig,
 ) -> tuple[jax.Array, Logits]:
     logits = apply(params, batch.x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).mean(), logits
+    return CRITERIA[config.criterion](logits, batch.y).mean(), logits
 
 
-def _attacked(params: Params, loss: LossFn, batch: Batch, attack: Attack, threat: Threat) -> Images:
+def _attacked(loss: LossFn, batch: Batch, attack: Attack, threat: Threat) -> Images:
     return jax.lax.stop_gradient(attack.run(loss, batch.x, threat, batch.keys)[0])
 
 
 def _adversarial(
-    apply: ApplyFn, params: Params, batch: Batch, attack: Attack, threat: Threat, beta: float
+    apply: ApplyFn,
+    params: Params,
+    batch: Batch,
+    attack: Attack,
+    threat: Threat,
+    config: TrainConfig,
 ) -> tuple[jax.Array, Logits]:
     fixed = jax.lax.stop_gradient(params)
-    x = _attacked(fixed, cross_entropy(apply, fixed, batch.y), batch, attack, threat)
-    return _natural(apply, params, batch._replace(x=x), attack, threat, beta)
+    loss = criterion(config.criterion, apply, fixed, batch.y)
+    x = _attacked(loss, batch, attack, threat)
+    return _natural(apply, params, batch._replace(x=x), attack, threat, config)
 
 
 def _trades(
-    apply: ApplyFn, params: Params, batch: Batch, attack: Attack, threat: Threat, beta: float
+    apply: ApplyFn,
+    params: Params,
+    batch: Batch,
+    attack: Attack,
+    threat: Threat,
+    config: TrainConfig,
 ) -> tuple[jax.Array, Logits]:
     fixed = jax.lax.stop_gradient(params)
     reference = apply(fixed, batch.x)
@@ -69,10 +85,10 @@ def _trades(
     def divergence(z: Images) -> jax.Array:
         return _kl(reference, apply(fixed, z))
 
-    x = _attacked(fixed, divergence, batch, attack, threat)
-    natural, clean_logits = _natural(apply, params, batch, attack, threat, beta)
+    x = _attacked(divergence, batch, attack, threat)
+    natural, clean_logits = _natural(apply, params, batch, attack, threat, config)
     logits = apply(params, x)
-    return natural + beta * _kl(clean_logits, logits).mean(), logits
+    return natural + config.trades_beta * _kl(clean_logits, logits).mean(), logits
 
 
 LOSSES: dict[str, Callable[..., tuple[jax.Array, Logits]]] = {
@@ -80,11 +96,12 @@ LOSSES: dict[str, Callable[..., tuple[jax.Array, Logits]]] = {
     "adversarial": _adversarial,
     "trades": _trades,
 }
-"""Losses by name: `(apply, params, batch, attack, threat, beta) -> (loss, logits)`.
+"""Losses by name: `(apply, params, batch, attack, threat, config) -> (loss, logits)`.
 
-natural: mean cross-entropy. adversarial: the same at the attacked images (Madry et al., 2018).
-trades: natural + β·mean KL(f(x) ‖ f(x̃)), x̃ maximising that KL (Zhang et al., 2019). The logits are
-those at the attacked images, or at the clean ones for `natural`.
+natural: mean of `config.criterion` (cross-entropy, or squared). adversarial: the same at images
+that maximise it (Madry et al., 2018). trades: natural + β·mean KL(f(x) ‖ f(x̃)), x̃ maximising that
+KL (Zhang et al., 2019). The logits are those at the attacked images, or at the clean ones for
+`natural`.
 """
 
 # ---------------------------------------------------------------- optimisers
@@ -147,7 +164,7 @@ class EpochRecord(NamedTuple):
         epoch: 1 for the first one.
         steps: update counts at which `observations` were taken, [records]. The first epoch starts
             with one before the first update; every epoch ends with one after its last.
-        loss: training loss of each step, in nats, [steps of the epoch].
+        loss: training loss of each step, in nats with cross-entropy, [steps of the epoch].
         accuracy: share of each step's batch classified correctly (under attack, if the loss
             attacks), [steps of the epoch].
         observations: what `observe` gave, each leaf with a leading axis [records].
@@ -226,8 +243,8 @@ def _epoch(
 
         def loss(params: Params) -> tuple[jax.Array, Logits]:
             weights = effective(params, ticket.mask, ticket.gain)
-            arguments = (static.apply, weights, batch, static.attack, threat)
-            return LOSSES[static.config.loss](*arguments, static.config.trades_beta)
+            arguments = (static.apply, weights, batch, static.attack, threat, static.config)
+            return LOSSES[static.config.loss](*arguments)
 
         (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -268,7 +285,8 @@ def fit(
         ticket: where to start; a dense network is `Ticket(params, masks.ones(params),
             masks.unit_gain(params))`. Mask and gain are arguments of the compiled epoch, so all
             tickets of one `apply` share one compilation.
-        images: [n, *shape], float32, inside `threat.bounds` (pixel units).
+        images: [n, *shape], inside `threat.bounds` (pixel units); float32, or float64 where x64 is
+            enabled, and then the parameters should be as well.
         labels: [n], integers.
         config: loss, optimiser, schedule, epochs, batch size.
         threat: the threat model.
@@ -284,10 +302,11 @@ def fit(
         The trained ticket.
 
     Raises:
-        InputError: unknown loss, optimiser or schedule, bad images or labels, too few images for
-            a batch, a loss or weights that are no longer finite.
+        InputError: unknown loss, criterion, optimiser or schedule, bad images or labels, too few
+            images for a batch, a loss or weights that are no longer finite.
     """
     choose("loss", config.loss, LOSSES)
+    choose("criterion", config.criterion, CRITERIA)
     check_count("records", records, low=1)
     images, labels = check_examples(apply, ticket.params, images, labels, threat)
     epoch_steps = steps_per_epoch(images.shape[0], config, records)

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import ATTACKS, PGD, cross_entropy, example_keys, perturb
+from ntk_awt.attacks import (
+    ATTACKS,
+    CRITERIA,
+    PGD,
+    criterion,
+    cross_entropy,
+    example_keys,
+    perturb,
+)
 from ntk_awt.errors import InputError
 from ntk_awt.threats import THREATS, Linf
 from tests import threat_models
@@ -407,6 +415,57 @@ def test_perturb(attack: Any, name: str):
     x64: Any = X.astype(np.float64)
     from_float64 = perturb(attack, apply, PARAMS, x64, y, make(name, 0.1), jax.random.key(2))
     assert from_float64.images.dtype == np.float32
+
+
+@contract
+def test_float64(attack: Any, name: str):
+    """With x64 and float64 images all of it is in float64, and the constraints hold as well."""
+    epsilon = EPSILON[name]
+    with jax.enable_x64(True):
+        params = tuple(np.asarray(w, float) for w in PARAMS)
+        threat, x = make(name, epsilon), X.astype(float)
+        result = perturb(attack, apply, params, x, Y, threat, jax.random.key(2))
+        assert result.images.dtype == result.loss.dtype == np.float64
+        values = cross_entropy(apply, params, jnp.asarray(Y))(result.images)
+        np.testing.assert_allclose(result.loss, values, rtol=1e-13)
+        z = np.asarray(result.images)
+        few = perturb(attack, apply, PARAMS, X, Y, threat, jax.random.key(2))
+        assert few.images.dtype == np.float32
+    assert np.all(np.linalg.norm(z - X, ord=ORDER[name], axis=1) <= epsilon)
+    assert z.min() >= 0
+    assert z.max() <= 1
+    if name == "strong-l2":
+        signal = np.linalg.norm(threat_models.signal(z - X), axis=1)
+        assert np.all(signal <= RATIO * epsilon)
+    assert np.any(z != z.astype(np.float32))
+
+
+# ---------------------------------------------------------------- criteria
+
+
+def test_criteria():
+    logits = np.asarray(apply(PARAMS, X), np.float64)
+    wanted = {
+        "cross-entropy": np.log(np.exp(logits).sum(1)) - logits[np.arange(N), Y],
+        "squared": np.array(
+            [0.5 * np.sum((f - np.eye(CLASSES)[y]) ** 2) for f, y in zip(logits, Y, strict=True)]
+        ),
+    }
+    assert set(CRITERIA) == set(wanted)
+    for kind, values in wanted.items():
+        loss = criterion(kind, apply, PARAMS, jnp.asarray(Y))
+        np.testing.assert_allclose(loss(jnp.asarray(X)), values, rtol=1e-5)
+
+
+def test_an_attack_maximises_the_criterion_it_is_given():
+    y, attack, threat = jnp.asarray(Y), PGD(steps=10), Linf(0.2)
+    losses = {kind: criterion(kind, apply, PARAMS, y) for kind in CRITERIA}
+    points = {
+        kind: attack.run(loss, jnp.asarray(X), threat, KEYS)[0] for kind, loss in losses.items()
+    }
+    for kind, loss in losses.items():
+        (other,) = set(CRITERIA) - {kind}
+        assert loss(points[kind]).mean() > loss(points[other]).mean()
 
 
 def at(array: np.ndarray, value: float) -> np.ndarray:

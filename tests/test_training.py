@@ -101,7 +101,7 @@ def assert_trees(a: Any, b: Any, atol: float = 0.0) -> None:
 
 
 def reveal_rows(
-    apply: Any, params: Any, batch: Batch, attack: Any, threat: Any, beta: float
+    apply: Any, params: Any, batch: Batch, attack: Any, threat: Any, config: TrainConfig
 ) -> tuple[Any, Any]:
     """A loss whose value is Σ 2^row over the batch: exact in float32, for 20 images."""
     rows = jnp.argmax((batch.x[:, None] == jnp.asarray(X)).all(-1), 1)
@@ -109,7 +109,7 @@ def reveal_rows(
 
 
 def reveal_keys(
-    apply: Any, params: Any, batch: Batch, attack: Any, threat: Any, beta: float
+    apply: Any, params: Any, batch: Batch, attack: Any, threat: Any, config: TrainConfig
 ) -> tuple[Any, Any]:
     """A loss whose value is a random number drawn with the key of the batch's first image."""
     return jax.random.uniform(batch.keys[0]), apply(params, batch.x)
@@ -160,10 +160,13 @@ def log_softmax(logits: Any) -> Any:
     return logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True))
 
 
-def loss_of(w: Any, x: Any, y: Any, name: str, beta: float) -> Any:
+def loss_of(w: Any, x: Any, y: Any, config: TrainConfig) -> Any:
     """The three losses by their formulas, with the attack written out."""
+    name = config.loss
 
-    def cross_entropies(w: Any, z: Any) -> Any:
+    def values(w: Any, z: Any) -> Any:
+        if config.criterion == "squared":
+            return 0.5 * ((apply(w, z) - jnp.eye(CLASSES)[y]) ** 2).sum(-1)
         return -log_softmax(apply(w, z))[jnp.arange(len(y)), y]
 
     def divergences(w_clean: Any, w: Any, z: Any) -> Any:
@@ -171,10 +174,10 @@ def loss_of(w: Any, x: Any, y: Any, name: str, beta: float) -> Any:
         return (jnp.exp(p) * (p - q)).sum(-1)
 
     if name == "natural":
-        return cross_entropies(w, x).mean()
+        return values(w, x).mean()
     fixed = jax.lax.stop_gradient(w)
     inner = {
-        "adversarial": lambda z: cross_entropies(fixed, z),
+        "adversarial": lambda z: values(fixed, z),
         "trades": lambda z: divergences(fixed, fixed, z),
     }[name]
     epsilon = 0.25
@@ -184,15 +187,15 @@ def loss_of(w: Any, x: Any, y: Any, name: str, beta: float) -> Any:
     v *= jnp.minimum(1, epsilon / jnp.linalg.norm(v, axis=1, keepdims=True))
     z = jax.lax.stop_gradient(jnp.clip(x + v, 0, 1))
     if name == "adversarial":
-        return cross_entropies(w, z).mean()
-    return cross_entropies(w, x).mean() + beta * divergences(w, w, z).mean()
+        return values(w, z).mean()
+    return values(w, x).mean() + config.trades_beta * divergences(w, w, z).mean()
 
 
-@partial(jax.jit, static_argnames=("name", "beta"))
-def gradient_of(theta: Any, mask: Any, gain: Any, x: Any, y: Any, name: str, beta: float) -> Any:
+@partial(jax.jit, static_argnames="config")
+def gradient_of(theta: Any, mask: Any, gain: Any, x: Any, y: Any, config: TrainConfig) -> Any:
     def loss(theta: Any) -> Any:
         w = jax.tree.map(lambda t, m, g: t * m * g, theta, mask, gain)
-        return loss_of(w, x, y, name, beta)
+        return loss_of(w, x, y, config)
 
     return jax.value_and_grad(loss)(theta)
 
@@ -230,7 +233,7 @@ def loop(
                 rate *= 0.5 * (1 + np.cos(np.pi * t / len(rows)))
             trees = [structure.unflatten(part) for part in (theta, mask, gain)]
             x, y = X[r].astype(np.float64), Y[r]
-            value, gradient = gradient_of(*trees, x, y, config.loss, config.trades_beta)
+            value, gradient = gradient_of(*trees, x, y, config)
             theta = [
                 update(config.optimizer, *args, rate, config.weight_decay)
                 for args in zip(
@@ -256,6 +259,7 @@ def check_against_loop(
 
 
 LOSSES = ["natural", "adversarial", "trades"]
+SPARSE = sparse(parameters())
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw"]
 
 
@@ -307,6 +311,32 @@ def test_against_a_loop(loss: str, optimizer: str, rows: list[np.ndarray]):
         ]:
             with pytest.raises(AssertionError):
                 check_against_loop(trained, records, wrong_ticket, wrong_config, wrong_rows)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_squared_error_against_a_loop(loss: str, rows: list[np.ndarray]):
+    config, ticket = replace(settings(loss, "sgd"), criterion="squared"), sparse(parameters())
+    records: list[EpochRecord] = []
+    trained = train(ticket, config, callbacks=[records.append])
+    check_against_loop(trained, records, ticket, config, rows)
+    with pytest.raises(AssertionError):
+        check_against_loop(trained, records, ticket, settings(loss, "sgd"), rows)
+
+
+def test_float64(rows: list[np.ndarray]):
+    """With x64, float64 images and parameters, the loop's numbers to 1e-12."""
+    config = replace(settings("natural", "sgd"), criterion="squared")
+    wide = jax.tree.map(lambda a: np.asarray(a, a.dtype if a.dtype == bool else float), SPARSE)
+    records: list[EpochRecord] = []
+    with jax.enable_x64(True):
+        trained = train(wide, config, images=X.astype(float), callbacks=[records.append])
+    path, losses = loop(SPARSE, config, rows)
+    assert_trees(weights(trained), weights(SPARSE._replace(params=path[-1])), atol=1e-12)
+    np.testing.assert_allclose(np.concatenate([r.loss for r in records]), losses, atol=1e-12)
+    narrow = train(SPARSE, config, images=X.astype(float))  # without x64 all of it is float32
+    assert {w.dtype for w in jax.tree.leaves(narrow.params)} == {np.dtype(np.float32)}
+    with pytest.raises(AssertionError):
+        assert_trees(weights(narrow), weights(SPARSE._replace(params=path[-1])), atol=1e-12)
 
 
 def test_accuracy(rows: list[np.ndarray]):
@@ -471,6 +501,7 @@ def test_a_checkpoint_of_another_structure(tmp_path: Path, ticket: Ticket, optim
     [
         ({"loss": "hinge"}, "loss: expected one of adversarial"),
         ({"loss": "trade"}, "did you mean 'trades'"),
+        ({"criterion": "hinge"}, "criterion: expected one of cross-entropy, squared"),
         ({"optimizer": "lion"}, "optimizer: expected one of adam"),
         ({"schedule": "step"}, "schedule: expected one of constant, cosine"),
         ({"batch_size": N + 1}, "batch_size: expected at most 20"),

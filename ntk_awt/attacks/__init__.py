@@ -4,10 +4,12 @@
 """
 
 from ntk_awt.attacks.base import (
+    CRITERIA,
     Attack,
     Attacked,
     LossFn,
     check_examples,
+    criterion,
     cross_entropy,
     example_keys,
     perturb,
@@ -19,11 +21,13 @@ ATTACKS: dict[str, type[PGD]] = {"pgd": PGD}
 
 __all__ = [
     "ATTACKS",
+    "CRITERIA",
     "PGD",
     "Attack",
     "Attacked",
     "LossFn",
     "check_examples",
+    "criterion",
     "cross_entropy",
     "example_keys",
     "perturb",

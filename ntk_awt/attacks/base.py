@@ -15,7 +15,7 @@ import optax
 
 from ntk_awt.errors import InputError, check_finite, check_images, check_labels, check_number
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Params, PerExample
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
 
 LossFn: TypeAlias = Callable[[Images], PerExample]
 """`images[n, *shape] -> loss[n]`; the loss of an image depends on that image alone."""
@@ -31,7 +31,7 @@ class Attack(Protocol):
 
         Args:
             loss: to be maximised, for each image separately.
-            x: clean images [n, *shape], float32, inside `threat.bounds`.
+            x: clean images [n, *shape], floating, inside `threat.bounds`.
             threat: the allowed set.
             keys: one random key an image, [n]; an image's result depends on its own key only.
 
@@ -55,13 +55,39 @@ class Attacked(NamedTuple):
     success: jax.Array
 
 
-def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> LossFn:
-    """The loss z ↦ −log softmax(f(z))_y for each image, in nats."""
+def _squared(logits: Logits, y: Labels) -> PerExample:
+    difference = logits - jax.nn.one_hot(y, logits.shape[1], dtype=logits.dtype)
+    return jnp.sum(difference**2, -1) / 2
+
+
+CRITERIA: dict[str, Callable[[Logits, Labels], PerExample]] = {
+    "cross-entropy": optax.softmax_cross_entropy_with_integer_labels,
+    "squared": _squared,
+}
+"""Losses of single images by name, `(logits[n, c], labels[n]) -> loss[n]`.
+
+cross-entropy: −log softmax(f)_y, in nats. squared: ½‖f − onehot(y)‖².
+"""
+
+
+def criterion(name: str, apply: ApplyFn, params: Params, y: Labels) -> LossFn:
+    """The loss z ↦ ℓ(f(z), y) for each image; `name` is one in `CRITERIA`.
+
+    Example:
+        >>> loss = criterion("squared", lambda w, z: z @ w, jnp.eye(2), jnp.array([0]))
+        >>> print(loss(jnp.array([[3.0, 1.0]])))
+        [2.5]
+    """
 
     def loss(z: Images) -> PerExample:
-        return optax.softmax_cross_entropy_with_integer_labels(apply(params, z), y)
+        return CRITERIA[name](apply(params, z), y)
 
     return loss
+
+
+def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> LossFn:
+    """The loss z ↦ −log softmax(f(z))_y for each image, in nats."""
+    return criterion("cross-entropy", apply, params, y)
 
 
 def example_keys(key: Key, indices: jax.Array) -> Key:
@@ -81,7 +107,8 @@ def check_examples(
         threat: its radius must not be negative.
 
     Returns:
-        The images as float32 and the labels as int32, in host memory.
+        The images and the labels in host memory: float32 (float64 images stay so where x64 is
+        enabled) and int32.
 
     Raises:
         InputError: what is wrong, see `perturb`.
@@ -90,7 +117,8 @@ def check_examples(
     check_images("images", x, threat.bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")
-    images = np.asarray(x, np.float32)
+    wanted = np.float64 if np.asarray(x).dtype == np.float64 else np.float32
+    images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
     logits = jax.eval_shape(apply, params, images)
     if logits.ndim != 2 or logits.shape[0] != len(x):
         raise InputError(
