@@ -53,7 +53,7 @@ class Bars:
     """Progress bars with rates and time left, on the terminal's error stream."""
 
     @contextmanager
-    def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
         """See `experiment.Reporter.bar`."""
         columns = (
             TextColumn("{task.description:<18}"),
@@ -162,7 +162,6 @@ def evaluate(
         restarts: random restarts of PGD; the run's if not given.
         json_file: write the numbers there as well.
     """
-    from ntk_awt import threats
     from ntk_awt.attacks import PGD
     from ntk_awt.experiment import open_run, ordered
 
@@ -174,7 +173,7 @@ def evaluate(
     if epsilon is not None:
         check_number("epsilon", epsilon, low=0)
         threat_config = dataclasses.replace(threat_config, epsilon=epsilon)
-    threat = threats.build(threat_config, opened.dataset.bounds)
+    threat = opened.make_threat(threat_config)
     attack = PGD(
         settings.evaluation_steps if steps is None else steps,
         opened.config.attack.attack_step_ratio,
@@ -273,6 +272,27 @@ def kernel(
     return 0
 
 
+def linear(arguments: list[str]) -> int:
+    """Linear classification: rates, phase diagram, SVMs, what knowing the signal changes."""
+    from ntk_awt import linear_study
+
+    settings = tyro.cli(
+        linear_study.Settings,  # pyright: ignore[reportArgumentType]
+        prog="ntk-awt linear",
+        description=linear.__doc__,
+        args=arguments,
+    )
+    found = linear_study.run(settings, Bars().bar)
+    for title, headers, rows in found.tables:
+        table = _table(*headers, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for path in linear_study.save(found, settings):
+        print(f"{found.name}: {path}")
+    return 0
+
+
 def report(run_dirs: Positional[tuple[Path, ...]], out: Path = Path("comparison.html")) -> int:
     """Redraw a run's report from its records, or compare several runs.
 
@@ -316,7 +336,81 @@ def bench(
     return 0
 
 
+def verify(
+    names: Positional[tuple[str, ...]] = (),
+    full: bool = False,
+    seed: int = 0,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+    report: Path | None = None,
+) -> int:
+    """Check the statements of the theory by numbers; exit code 1 if any fails.
+
+    Args:
+        names: statements, e.g. P3 E2; all if not given.
+        full: more seeds, larger widths.
+        seed: of all randomness.
+        json_file: write the results there, after every statement anew.
+        report: write a self-contained page FILE.html with one figure a statement.
+    """
+    from proofs_check import page, registry
+
+    if report is not None and report.suffix != ".html":
+        raise InputError("--report", expected="a file that ends in .html", got=str(report))
+    results: list[registry.Result] = []
+    chosen = names or tuple(registry.MODULES)
+    with Bars().bar("verify", len(chosen), "statements") as show:
+
+        def on_done(result: registry.Result) -> None:
+            results.append(result)
+            show(len(results))
+            if json_file is not None:
+                text = json.dumps([found.record() for found in results], indent=2)
+                json_file.write_text(text + "\n", encoding="utf-8")
+
+        registry.verify(
+            chosen,
+            size="full" if full else "default",
+            seed=seed,
+            on_start=lambda statement: lambda share: show(len(results) + share),
+            on_done=on_done,
+        )
+    for result in results:
+        for line in page.complaints(result):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_statements_table(results))
+    if json_file is not None:
+        print(f"results: {json_file}")
+    if report is not None:
+        print(f"report: {page.write(results, report)}")
+    return 0 if all(result.holds for result in results) else 1
+
+
 # ---------------------------------------------------------------- tables
+
+
+def _statements_table(results: list[Any]) -> Table:
+    table = _table(
+        "statement",
+        "holds",
+        "margin\n[parts]",
+        "bound /\nactual",
+        "cases\n[held]",
+        "controls\n[rejected]",
+        "time\n[s]",
+        title="margin: distance from violation, in parts of what is allowed",
+    )
+    for result in results:
+        cases, controls = result.outcome.cases, result.outcome.controls
+        table.add_row(
+            f"{result.statement.number} {result.statement.title}",
+            "yes" if result.holds else "NO",
+            _number(result.margin),
+            "–" if result.tightness is None else f"{result.tightness:.3g}",
+            f"{sum(case.holds for case in cases)} / {len(cases)}",
+            f"{sum(control.rejected for control in controls)} / {len(controls)}",
+            f"{result.seconds:.1f}",
+        )
+    return table
 
 
 def _percent(value: float, low: float, high: float, n: int = 0) -> str:
@@ -389,7 +483,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "evaluate": evaluate,
     "kernel": kernel,
+    "linear": linear,
     "report": report,
+    "verify": verify,
     "bench": bench,
 }
 
@@ -415,6 +511,8 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     choose("command", name, COMMANDS)
     command = COMMANDS[name]
+    if command is linear:  # its settings are declared where they are used: it loads them itself
+        return linear(rest)
     if command not in (run, ticket):
         return tyro.cli(command, prog=f"ntk-awt {name}", args=rest)
     config, rest = _split_config(rest)

@@ -71,11 +71,13 @@ def draw(root: Path) -> dict[str, str]:
     return {name: caption for name, (_, caption) in figures.items()}
 
 
-def _embedded(path: Path) -> str:
+def embedded(path: Path) -> str:
+    """An SVG file as the address of an image, so that the page needs no other file."""
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page from one of the package's templates."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ntk_awt"),
         autoescape=True,
@@ -99,11 +101,11 @@ def write(root: Path) -> Path:
         InputError: the run is not finished.
     """
     figures = [
-        (name, caption, _embedded(root / "figures" / f"{name}.svg"))
+        (name, caption, embedded(root / "figures" / f"{name}.svg"))
         for name, caption in draw(root).items()
     ]
     path = root / "report.html"
-    text = _render(
+    text = render(
         "report.html",
         name=root.absolute().name,
         results=read_results(root),
@@ -138,8 +140,8 @@ def compare(roots: list[Path], path: Path) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     plots.save(plots.compare(runs), path.parent, path.stem)
-    picture = _embedded(path.parent / f"{path.stem}.svg")
-    text = _render("compare.html", runs=runs, differing=differing, picture=picture)
+    picture = embedded(path.parent / f"{path.stem}.svg")
+    text = render("compare.html", runs=runs, differing=differing, picture=picture)
     path.write_text(text, encoding="utf-8")
     return path
 

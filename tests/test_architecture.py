@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attacks": BASE | {"threats"},
     "linear": BASE | {"threats"},
     "kernels": BASE | {"masks"},
-    "dynamics": BASE | {"kernels"},
+    "dynamics": BASE | {"masks", "attacks", "kernels"},
     "tickets": BASE | {"masks", "attacks", "kernels"},
     "training": BASE | {"masks", "attacks", "checkpoints"},
     "evaluation": BASE | {"attacks"},
@@ -46,7 +46,8 @@ import `experiment`.
 """
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ntk_awt"}
 MAY_IMPORT["inspection"] = {"experiment"}
-MAY_IMPORT["cli"] = {"experiment", "inspection"}
+MAY_IMPORT["linear_study"] = {"linear", "plots", "data"}
+MAY_IMPORT["cli"] = {"experiment", "inspection", "linear_study"}
 
 INTERNALS = (
     "jax._src",

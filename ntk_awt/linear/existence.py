@@ -26,7 +26,7 @@ from ntk_awt.linear.sets import (
 
 
 def best_isotropic_error(
-    mean_norm: Any, epsilon: Any, delta: Any = np.inf, sigma: float = 1.0
+    mean_norm: Any, epsilon: Any, delta: Any = np.inf, sigma: Any = 1.0
 ) -> Array:
     """The least robust error of any linear classifier of N(±μ, σ²I) with equal priors.
 
@@ -37,7 +37,7 @@ def best_isotropic_error(
     Args:
         mean_norm: ‖μ‖, a number or an array.
         epsilon, delta: radii, numbers or arrays.
-        sigma: σ > 0.
+        sigma: σ > 0, a number or an array.
 
     Returns:
         The common shape of the arguments.

@@ -68,6 +68,7 @@ def _svm_row(case: SvmCase, seed: int, samples: int) -> dict[str, Any]:
     row = asdict(case) | {
         "seed": seed,
         "cosine": _cosine(model.w),
+        "bias": model.b / float(np.linalg.norm(model.w)),
         "predicted_cosine": svm_cosine(case.n, case.d, case.mean_norm, c=case.c, loss=case.loss),
         "train_error": float(np.mean(model.margins(x, y) <= 0)),
     }
@@ -106,9 +107,10 @@ def svm_experiment(
         on_row: called with the number of rows done.
 
     Returns:
-        Rows with the case, `seed`, `cosine` and `predicted_cosine` (`svm_cosine`), `train_error`,
-        and for both threats (ordinary_, strong_) each of the rates clean, adversarial, robust by
-        formula at the learned w, its `_count` among `samples`, and the 99.9 % `_interval` of it.
+        Rows with the case, `seed`, `cosine` and `predicted_cosine` (`svm_cosine`), `bias` b/‖w‖,
+        `train_error`, and for both threats (ordinary_, strong_) each of the rates clean,
+        adversarial, robust by formula at the learned w, its `_count` among `samples`, and the
+        99.9 % `_interval` of it.
 
     Source: theory L4.
 
@@ -121,13 +123,13 @@ def svm_experiment(
     """
     check_count("samples", samples, low=1)
     tasks = [(case, seed) for case in cases for seed in seeds]
-    return _in_parallel(_svm_row, [(*task, samples) for task in tasks], n_jobs, on_row)
+    return in_parallel(_svm_row, [(*task, samples) for task in tasks], n_jobs, on_row)
 
 
-def _in_parallel(
+def in_parallel(
     f: Callable[..., Any], tasks: Sequence[tuple], n_jobs: int, on_done: Callable[[int], None]
 ) -> list[Any]:
-    """f(*task) for every task, in order."""
+    """f(*task) for every task, in order; `on_done` is called with the number of those done."""
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
     results = []
     for result in parallel(joblib.delayed(f)(*task) for task in tasks):
@@ -139,13 +141,15 @@ def _in_parallel(
 # ---------------------------------------------------------------- L5: human knowledge
 
 
-def _knowledge_rows(case: SvmCase, seed: int, penalty: float) -> list[dict[str, Any]]:
+def _knowledge_rows(
+    case: SvmCase, seed: int, penalty: float, methods: Sequence[str]
+) -> list[dict[str, Any]]:
     rng = np.random.default_rng([seed, case.n, case.d])
     x, y = _draw(case.n, case.d, case.mean_norm, rng)
     signal = np.eye(case.d)[0]
     threat = Strong(case.epsilon, case.delta, signal)
     problem = symmetric(case.mean_norm * signal)
-    trained = knowing_svms(x, y, threat, c=case.c, penalty=penalty, loss=case.loss)
+    trained = knowing_svms(x, y, threat, c=case.c, penalty=penalty, loss=case.loss, methods=methods)
     rows = []
     for method, model in trained.items():
         strong = rates(model, problem, threat)
@@ -156,6 +160,7 @@ def _knowledge_rows(case: SvmCase, seed: int, penalty: float) -> list[dict[str, 
                 "seed": seed,
                 "method": method,
                 "cosine": _cosine(model.w),
+                "bias": model.b / float(np.linalg.norm(model.w)),
                 "clean": float(strong.clean),
                 "ordinary_robust": float(ordinary.robust),
                 "strong_robust": float(strong.robust),
@@ -169,6 +174,7 @@ def knowledge_experiment(
     seeds: Iterable[int],
     *,
     penalty: float = 100.0,
+    methods: Sequence[str] = METHODS,
     n_jobs: int = 1,
     on_case: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
@@ -178,11 +184,12 @@ def knowledge_experiment(
         cases: settings; the signal is the direction of μ.
         seeds: one training set each.
         penalty: of the penalised SVM.
+        methods: which ones.
         n_jobs: processes (joblib); −1 for all cores.
         on_case: called with the number of training sets done.
 
     Returns:
-        Rows with the case, `seed`, `method`, `cosine`, and the exact errors `clean`,
+        Rows with the case, `seed`, `method`, `cosine`, `bias` b/‖w‖, and the exact errors `clean`,
         `ordinary_robust` and `strong_robust` of the learned classifier (see `rates`).
 
     Source: theory L5.
@@ -194,8 +201,8 @@ def knowledge_experiment(
         >>> errors["signal"] < 0.1 < 0.3 < errors["plain"]
         True
     """
-    tasks = [(case, seed, penalty) for case in cases for seed in seeds]
-    found = _in_parallel(_knowledge_rows, tasks, n_jobs, on_case)
+    tasks = [(case, seed, penalty, methods) for case in cases for seed in seeds]
+    found = in_parallel(_knowledge_rows, tasks, n_jobs, on_case)
     return [row for rows in found for row in rows]
 
 
