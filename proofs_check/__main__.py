@@ -1,0 +1,8 @@
+"""`python -m proofs_check [NAME…]`: the same as `ntk-awt verify`."""
+
+import sys
+
+from ntk_awt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["verify", *sys.argv[1:]]))
