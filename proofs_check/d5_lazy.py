@@ -67,7 +67,7 @@ class Setting(NamedTuple):
 
 
 DENSE = Setting(1, "cross-entropy", "linf", 0.5)
-SPARSE = Setting(2, "squared", "l2", 0.2, 0.4)
+SPARSE = Setting(2, "squared", "l2", 0.1, 0.4)
 
 
 class Networks(NamedTuple):
@@ -205,12 +205,12 @@ def check(context: Context) -> Outcome:
     groups = context.pick(
         [Group(DENSE, 4, [[64, 1024]])],
         [
-            Group(DENSE, 3, [[64, 128, 256, 512, 1024, 2048]]),
-            Group(SPARSE, 3, [[64, 128, 256], [1024]]),
+            Group(DENSE, 4, [[64, 128, 256, 512, 1024, 2048]]),
+            Group(SPARSE, 4, [[64, 128, 256], [1024]]),
         ],
         [
             Group(DENSE, 8, [[64, 128, 256, 512, 1024, 2048]]),
-            Group(SPARSE, 4, [[64, 128, 256], [512, 1024], [2048]]),
+            Group(SPARSE, 6, [[64, 128, 256], [512, 1024], [2048]]),
         ],
     )
     cases: list[Case] = []
