@@ -237,9 +237,9 @@ def orthonormal(basis: Any) -> np.ndarray:
         InputError: another shape, NaN or infinity, or dependent columns.
 
     Example:
-        >>> orthonormal([[0.0], [-2.0]]).round(3)
-        array([[0.],
-               [1.]])
+        >>> orthonormal([[3.0], [4.0]]).round(3)
+        array([[0.6],
+               [0.8]])
     """
     values = np.asarray(basis, np.float64)
     if values.ndim != 2 or not 1 <= values.shape[1] <= values.shape[0]:
@@ -372,7 +372,7 @@ class StrongL2:
     Example:
         >>> threat = StrongL2(1.0, 0.5, [[1.0], [0.0]], bounds=(-9.0, 9.0))
         >>> x = jnp.zeros((1, 2))
-        >>> print(threat.project(x + jnp.array([2.0, 2.0]), x).round(3))
+        >>> print(np.asarray(threat.project(x + 2.0, x), float).round(3))
         [[0.5   0.866]]
     """
 
