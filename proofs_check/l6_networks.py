@@ -254,7 +254,7 @@ def _two_logits(params: Params, x: Images) -> jax.Array:
 def _attack(context: Context) -> Part:
     """PGD on linear classifiers lowers the margin by L2's reach."""
     # On a sphere each step s divides the angle to its end by about 1 + s/ε: so 20 steps of ε.
-    attack = PGD(20, step_ratio=20.0)
+    attack = PGD(20, step_ratio=20.0, random_start=_random_start(context))
     d, losses, reaches, wrong = 20, [], [], []
     for index in range(context.pick(6, 18, 60)):
         rng = context.rng(2, index)
@@ -283,6 +283,12 @@ def _attack(context: Context) -> Part:
 
 # ---------------------------------------------------------------- adversarial training
 
+
+def _random_start(context: Context) -> bool:
+    """Not at the reduced size: random starts are half of what is compiled."""
+    return context.pick(False, True, True)
+
+
 RADIUS, LIMIT = 1.0, 0.3
 """ε and δ for the digits, whose class means are about 2 apart."""
 
@@ -302,20 +308,21 @@ def _trained(context: Context) -> Part:
     settings, shape = ModelConfig(widths=(64,)), images.image_shape
     apply = models.build(settings, shape, images.num_classes, jax.random.key(0)).apply
     accuracy = {name: np.empty((seeds, 3)) for name in under}
+    start = _random_start(context)
     for seed in range(seeds):
         key = jax.random.key(1000 * context.seed + seed)
         params = models.build(settings, shape, images.num_classes, key).params
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        start = Ticket(params, masks.ones(params), masks.unit_gain(params))
+        ticket = Ticket(params, masks.ones(params), masks.unit_gain(params))
         for name, threat in under.items():
             fitted = training.fit(
                 apply,
-                start,
+                ticket,
                 images.x_train,
                 images.y_train,
                 config=config,
                 threat=threat,
-                attack=PGD(7),
+                attack=PGD(7, random_start=start),
                 key=key,
             )
             found = [
@@ -325,7 +332,7 @@ def _trained(context: Context) -> Part:
                     images.x_validation,
                     images.y_validation,
                     threat=judge,
-                    attack=PGD(40),
+                    attack=PGD(40, random_start=start),
                     key=key,
                 )
                 for judge in (strong, ball)

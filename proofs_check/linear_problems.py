@@ -106,18 +106,19 @@ def draw_margins(
     d, rank = problem.loadings.shape[1:]
     block, margins, done = max(1, 2**16 // d), np.empty(n), 0
     # In place, and in blocks that stay in the cache: the normals are what takes the time.
-    x, along, factors = np.empty((block, d)), np.empty((block, d)), np.empty((block, rank))
+    whole, moves, drawn = np.empty((block, d)), np.empty((block, d)), np.empty((block, rank))
     for index, total in enumerate((n - positive, positive)):
         end = done + total
         while done < end:
             size = min(end - done, block)
-            rng.standard_normal(out=x[:size])
-            rng.standard_normal(out=factors[:size])
+            x, along, factors = whole[:size], moves[:size], drawn[:size]
+            rng.standard_normal(out=x)
+            rng.standard_normal(out=factors)
             np.matmul(factors, problem.loadings[index].T, out=along)
             x *= problem.scale[index]
             x += along
             x += problem.means[index]
-            margins[done : done + size] = SIGNS[index] * ((x @ problem.w + problem.b)[:size])
+            margins[done : done + size] = SIGNS[index] * (x @ problem.w + problem.b)
             done += size
             on_share(done / n)
     return margins
@@ -172,7 +173,6 @@ def deviation_panel(found: Any, rates: Any, n: int) -> Panel:
             Line("simulated", rates[order], np.abs(found / n - rates)[order]),
             Line("half of the 99.9 % interval", rates[order], (high - low)[order] / 2 / n, "bound"),
         ],
-        xscale="log",
     )
 
 

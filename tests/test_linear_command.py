@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from ntk_awt import cli, experiment, linear, linear_study, threats
+from ntk_awt import cli, evaluation, experiment, linear, linear_study, threats
 from ntk_awt import config as configs
 from ntk_awt.config import ThreatConfig
+from ntk_awt.linear.experiments import in_parallel
 from tests.test_experiment import CONFIG
 
 NAMES = ["rates", "phase", "svm", "knowledge"]
@@ -132,10 +133,18 @@ def test_rates_of_a_trained_svm_under_another_ball():
     assert study("rates", svm_points=2, prior=0.01).summary["clean"] < 0.5
 
 
-def test_seed_and_processes():
-    one, other, both = (study("rates", **more) for more in ({}, {"seed": 1}, {"jobs": 2}))
-    assert both.rows == one.rows
+def test_seed_and_processes(monkeypatch):
+    one, other = (study("rates", seed=seed) for seed in (0, 1))
     assert other.rows != one.rows
+    asked = []
+
+    def record(f: Any, tasks: Any, n_jobs: int, on_done: Any) -> Any:
+        asked.append(n_jobs)
+        return in_parallel(f, tasks, 1, on_done)
+
+    monkeypatch.setattr(linear_study, "in_parallel", record)
+    assert study("rates", jobs=2).rows == one.rows
+    assert asked == [2]
 
 
 # ---------------------------------------------------------------- phase diagram
@@ -292,31 +301,53 @@ def test_bad_input_is_one_line(bad: str, monkeypatch, tmp_path, capsys):
 # ---------------------------------------------------------------- the strong threat in a run
 
 
-@pytest.mark.parametrize("networks", [("dense",), pytest.param(("dense", "ticket"),
-                                      marks=pytest.mark.slow)])  # fmt: skip
-def test_run_and_evaluate_under_the_strong_threat(networks: tuple[str, ...], tmp_path):
-    threat = ThreatConfig(name="strong-l2", epsilon=0.6, delta=0.2)
-    train = dataclasses.replace(CONFIG.train, epochs=1)
-    settings = dataclasses.replace(CONFIG, networks=networks, threat=threat, train=train)
+STRONG = dataclasses.replace(
+    CONFIG,
+    networks=("dense",),
+    threat=ThreatConfig(name="strong-l2", epsilon=0.6, delta=0.2),
+)
+
+
+def inside(threat: Any, moved: np.ndarray, run: experiment.Run) -> bool:
+    signal = threats.class_mean_basis(run.dataset.x_train, run.dataset.y_train)
+    assert isinstance(threat, threats.StrongL2)
+    lengths = np.linalg.norm(moved, axis=1), np.linalg.norm(moved @ signal, axis=1)
+    assert lengths[0].min() > 0.2
+    return bool(np.all(lengths[0] <= 0.6) and np.all(lengths[1] <= 0.2))
+
+
+def test_evaluate_under_the_strong_threat(monkeypatch, tmp_path):
+    """The run's signal, the radius of the command line."""
+    run = experiment.Run(STRONG, tmp_path)
+    seen = []
+
+    def evaluate(self: Any, name: str, attack: Any, threat: Any) -> evaluation.Evaluation:
+        seen.append(threat)
+        right = evaluation.proportion(np.ones(2, bool))
+        return evaluation.Evaluation(right, right, *[np.ones(2)] * 3)
+
+    monkeypatch.setattr(experiment.Run, "evaluate_network", evaluate)
+    assert cli.main(["evaluate", str(tmp_path), "--epsilon", "2"]) == 0
+    (threat,) = seen
+    assert isinstance(threat, threats.StrongL2)
+    assert (float(threat.epsilon), float(threat.delta)) == (2.0, pytest.approx(0.2))
+    assert isinstance(run.threat, threats.StrongL2)
+    np.testing.assert_array_equal(threat.basis, run.threat.basis)
+
+
+@pytest.mark.slow
+def test_run_under_the_strong_threat(tmp_path):
+    settings = dataclasses.replace(STRONG, networks=("dense", "ticket"))
     configs.save(settings, tmp_path / "config.toml")
     folder = tmp_path / "run"
     arguments = ["--config", str(tmp_path / "config.toml"), "--run-dir", str(folder)]
     assert cli.main(["run", *arguments]) == 0
     assert (folder / "report.html").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["networks"]) == set(networks)
-
+    assert set(results["networks"]) == {"dense", "ticket"}
     run = experiment.open_run(folder)
-    assert isinstance(run.threat, threats.StrongL2)
     clean, attacked = (np.asarray(part, np.float64).reshape(4, -1) for part in run.probe)
-    signal = threats.class_mean_basis(run.dataset.x_train, run.dataset.y_train)
-    moved = np.linalg.norm(attacked - clean, axis=1)
-    assert np.all(moved <= 0.6)
-    assert moved.min() > 0.2
-    assert np.all(np.linalg.norm((attacked - clean) @ signal, axis=1) <= 0.2)
-
-    file = tmp_path / "numbers.json"
-    assert cli.main(["evaluate", str(folder), "--epsilon", "2", "--json", str(file)]) == 0
-    for row in json.loads(file.read_text()):
-        assert (row["threat"], row["epsilon"]) == ("strong-l2", 2.0)
-        assert row["robust"]["value"] <= results["networks"][row["network"]]["robust_accuracy"]
+    assert inside(run.threat, attacked - clean, run)
+    with np.load(run.paths.evaluation("ticket")) as file:
+        shown = file["examples"].astype(np.float64) - file["clean"]
+    assert inside(run.threat, shown.reshape(len(shown), -1), run)

