@@ -24,7 +24,7 @@ from ntk_awt.masks import Ticket
 from ntk_awt.types import Network
 
 from .resnet import ResNet18
-from .timing import compare, once, row, seconds
+from .timing import compare, medians, once, row
 
 DENSITIES = (0.01, 0.03, 0.1, 0.3, 0.9)
 PEERS = ("NTK_VECTOR_PRODUCTS", "JACOBIAN_CONTRACTION")
@@ -90,13 +90,15 @@ def against_neural_tangents(
 ) -> dict[str, Any]:
     """Ours against the faster of the peer's implementations."""
     mine, calls = ours(net, x, ticket), peers(net, x, ticket)
+    first = once(mine)
     reference = mine()
     times = {}
     for name, call in calls.items():
         check_equal(f"{what}, {name}", reference, call())
         times[name] = once(call)
     best = min(times, key=times.__getitem__)
-    return compare(what, mine, calls[best], f"neural-tangents {best}", repeats=repeats)
+    peer = f"neural-tangents {best}"
+    return compare(what, mine, calls[best], peer, repeats=repeats, compile_seconds=first)
 
 
 def alternatives(net: Network, x: jax.Array, density: float, repeats: int) -> dict[str, Any]:
@@ -110,17 +112,14 @@ def alternatives(net: Network, x: jax.Array, density: float, repeats: int) -> di
         plan = kernels.plan(net.apply, net.params, x, mask=mask, engine="layerwise", forms=forced)
         calls[form] = ours(net, x, ticket, plan=plan)
     mine = ours(net, x, ticket)
-    times = {}
+    first = once(mine)
     for name, call in calls.items():
         check_equal(f"density {density:g}, {name}", mine(), call())
-        times[name] = seconds(call, repeats=repeats)[1]
-    best = min(times, key=times.__getitem__)
-    return compare(
-        f"masked kernel, MLP, N = {len(x)}, density {density:g}, against other choices",
-        mine,
-        calls[best],
-        f"{best} everywhere",
-        repeats=repeats,
+    times = medians({"ours": mine, **calls}, repeats=repeats)
+    best = min(calls, key=times.__getitem__)
+    what = f"masked kernel, MLP, N = {len(x)}, density {density:g}, against other choices"
+    return row(
+        what, 1e3 * times["ours"], 1e3 * times[best], f"ours: {best} everywhere", first, "ms"
     )
 
 
@@ -150,6 +149,7 @@ def gradients(repeats: int) -> Iterator[dict[str, Any]]:
     from ntk_awt.kernels import compat
 
     found = distance(mine)
+    first = once(found)
     times, calls = {}, {}
     for name in PEERS:
         calls[name] = distance(theirs(compat.NtkImplementation[name]))
@@ -161,11 +161,11 @@ def gradients(repeats: int) -> Iterator[dict[str, Any]]:
         times[name] = once(calls[name])
     best = min(times, key=times.__getitem__)
     what = "gradient of the kernel distance, MLP, N = 32, 3 %"
-    yield compare(what, found, calls[best], f"neural-tangents {best}", repeats=repeats)
+    peer = f"neural-tangents {best}"
+    yield compare(what, found, calls[best], peer, repeats=repeats, compile_seconds=first)
     both = jax.jit(lambda p, x: (mine(net.apply, None)(p, x), mine(apply, mask)(p, x)))
-    yield compare(
-        what, found, lambda: both(net.params, x), "ours: the two kernels alone", repeats=repeats
-    )
+    peer, alone = "ours: the two kernels alone", lambda: both(net.params, x)
+    yield compare(what, found, alone, peer, repeats=repeats, compile_seconds=first)
 
 
 def probe_rows(repeats: int) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,11 +43,15 @@ def once(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def seconds(call: Callable[[], Any], *, repeats: int) -> tuple[float, float]:
-    """Seconds of the first call, and the median of `repeats` later ones after one warm-up."""
-    first = once(call)
-    once(call)
-    return first, statistics.median(once(call) for _ in range(repeats))
+def medians(calls: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
+    """Median seconds of each call after one warm-up, taken in turns.
+
+    In turns, so that whatever else slows the machine for a while slows all of them.
+    """
+    for call in calls.values():
+        once(call)
+    rounds = [{name: once(call) for name, call in calls.items()} for _ in range(repeats)]
+    return {name: statistics.median(times[name] for times in rounds) for name in calls}
 
 
 def compare(
@@ -58,8 +62,9 @@ def compare(
     *,
     repeats: int,
     peer_calls: float = 1.0,
+    compile_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Time two computations one after the other, as a row of the JSON file.
+    """Time two computations in turns, as a row of the JSON file.
 
     Args:
         name: what is computed, with its sizes.
@@ -67,11 +72,12 @@ def compare(
         peer_name: what ours is compared with.
         repeats: timed calls of each.
         peer_calls: multiplies the peer's time, where ours does the peer's work that many times.
+        compile_seconds: of the first call of ours, where it was made before.
     """
-    first, mine = seconds(ours, repeats=repeats)
-    _, theirs = seconds(peer, repeats=repeats)
-    theirs *= peer_calls
-    return row(name, 1e3 * mine, 1e3 * theirs, peer_name, first, "ms")
+    first = once(ours) if compile_seconds is None else compile_seconds
+    times = medians({"ours": ours, "peer": peer}, repeats=repeats)
+    mine, theirs = 1e3 * times["ours"], 1e3 * peer_calls * times["peer"]
+    return row(name, mine, theirs, peer_name, first, "ms")
 
 
 def row(

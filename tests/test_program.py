@@ -109,7 +109,7 @@ def bias_at_all_positions(p, x):
     return jnp.tanh(x.reshape(-1, 3, 2) @ p["w"] + p["b"]).mean(1) @ p["v"]
 
 
-@case({"a": DENSE, "b": {"w": (2, 2), "b": (2,)}}, "a/v+c a/w+b b/w+b")
+@case({"a": DENSE, "b": {"w": (2, 2), "b": (2,)}}, "a/v+a/c a/w+a/b b/w+b/b")
 def calls_inside_calls(p, x):
     """`jit` and `checkpoint`, one inside the other, the same function called twice."""
 
@@ -385,8 +385,9 @@ def output_is_the_weight(p, x):
     return jnp.broadcast_to(p["w"], (len(x), 6))
 
 
-@case({"w": (6, 2)}, "")
+@case({"w": (6, 2)}, "w")
 def output_is_constant(p, x):
+    """A product that is there, with the scale 0."""
     return jnp.ones((len(x), 2)) + 0 * (x @ p["w"])
 
 
@@ -409,8 +410,9 @@ ATTENTION = {
 }
 
 
-@case(ATTENTION, "e head o+c w/k+b/k w/q+b/q w/v+b/v")
+@case(ATTENTION, "e head o w/k+b/k w/q+b/q w/v+b/v")
 def attention(p, x):
+    """The bias `c` comes after the skip connection, so it is not taken into the product of `o`."""
     h = x.reshape(-1, 3, 2) @ p["e"] + p["pos"]
     q, k, v = (jnp.einsum("ntd,dhk->nthk", h, p["w"][n]) + p["b"][n] for n in "qkv")
     a = jax.nn.softmax(jnp.einsum("nthk,nshk->nhts", q, k) / np.sqrt(2.0), -1)

@@ -187,7 +187,8 @@ def _kernel(
     apply: ApplyFn,
     plan: Plan,
 ) -> jax.Array:
-    logits = jax.eval_shape(apply, weights, x1)
+    # In a function of our own: JAX keeps its argument by a weak reference, which not all allow.
+    logits = jax.eval_shape(lambda w, x: apply(w, x), weights, x1)
     basis = jnp.eye(logits.shape[1], dtype=logits.dtype)
     outputs = plan.outputs
     if isinstance(outputs, int):

@@ -191,31 +191,11 @@ def _gram_rows(left: Side, right: Side, outputs: str) -> Row:
     return left.arrays, row
 
 
-@jax.custom_vjp
+@jax.checkpoint  # else the scaled cotangents of all rows would be kept
 def _weighted_product(g: jax.Array, d: jax.Array, d2: jax.Array) -> jax.Array:
     """Σ_j g[m, j] d[q, j] d2[m, r, j] as [m, q, r], by one matrix product."""
     found = (g[:, None] * d2).reshape(len(g) * d2.shape[1], -1) @ d.T
     return found.reshape(len(g), -1, len(d)).transpose(0, 2, 1)
-
-
-# By hand, since JAX would either keep the scaled cotangents of all rows or compute them twice.
-def _weighted_product_forward(
-    g: jax.Array, d: jax.Array, d2: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _weighted_product(g, d, d2), (g, d, d2)
-
-
-def _weighted_product_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array], k: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    g, d, d2 = saved
-    pulled = (k.transpose(0, 2, 1).reshape(-1, len(d)) @ d).reshape(d2.shape)
-    scaled = (g[:, None] * d2).reshape(len(g) * d2.shape[1], -1)
-    to_d = k.transpose(1, 0, 2).reshape(len(d), -1) @ scaled
-    return jnp.sum(pulled * d2, axis=1), to_d, pulled * g[:, None]
-
-
-_weighted_product.defvjp(_weighted_product_forward, _weighted_product_backward)
 
 
 def _weighted_row(g: jax.Array, d: jax.Array, d2: jax.Array, outputs: str) -> jax.Array:

@@ -279,7 +279,8 @@ def make(
     check_count("number of images x2", n2, low=1)
     if mask is not None:
         check_same_tree("mask", mask, params)
-    classes = jax.eval_shape(apply, params, x1).shape[1]
+    traced = program.trace(apply, params, x1)
+    classes = traced.shapes[traced.output].shape[1]
     check_outputs(outputs, classes)
     outputs = outputs if isinstance(outputs, str) else int(outputs)
     q = 1 if isinstance(outputs, int) else classes
@@ -287,7 +288,6 @@ def make(
     itemsize = jnp.result_type(*jax.tree.leaves(params)).itemsize
     s = _Sizes(n1, n2, q, outputs, symmetric)
 
-    traced = program.trace(apply, params, x1)
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     leaves = [jnp.shape(w) for w in jax.tree.leaves(params)]
     masks = known(mask)
