@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,18 @@ _CACHE = tempfile.TemporaryDirectory(prefix="ntk-awt-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as slow what a module's `SLOW` names, as patterns of "test" or "test case".
+
+    They are further cases of what other tests of the default suite show.
+    """
+    for item in items:
+        name = item.name.replace("[", " ", 1).removesuffix("]")
+        if any(fnmatchcase(name, pattern) for pattern in getattr(item.module, "SLOW", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,21 @@ from tests import threat_models
 from tests.counting import Counting
 from tests.threat_models import ORDER, RATIO
 
+SLOW = (
+    "test_float64 *l2",
+    "test_finite_losses_before_a_nan_count *l2",
+    "test_nan_loss_leaves_the_image *l2",
+    "test_one_trace_serves_every_radius_key_and_network *l2",
+    "test_more_restarts_and_larger_radii_are_never_weaker *l2",
+    "test_an_image_depends_on_itself_and_its_key pgd-l2",
+    "test_pgd_without_steps_is_its_start *e-l*2",
+    "test_wrong_attacks_are_rejected *[!g]-l2",
+    "test_never_above_the_optimum pgd-l2",
+    "test_perturb *l2",
+    "test_wrong_attacks_are_rejected attack[02]-*-strong-l2",
+    "test_more_restarts*-l2",
+)
+
 U = 2.0**-24  # unit roundoff of float32
 N, D, CLASSES = 6, 12, 4
 EPSILON = {"linf": 0.125, "l2": 0.4, "strong-l2": 0.4}

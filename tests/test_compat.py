@@ -37,6 +37,13 @@ from ntk_awt.kernels.compat import (
     taylor_expand,
 )
 
+SLOW = (
+    "test_mse_ensemble",
+    "test_attention_kernel",
+    "test_branches_normalization_and_dropout",
+    "test_monte_carlo *",
+)
+
 Kernel = np.ndarray
 WORKING = [NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.NTK_VECTOR_PRODUCTS]
 

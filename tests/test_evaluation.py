@@ -16,6 +16,8 @@ from ntk_awt.threats import L2, THREATS, Linf
 from tests.counting import Counting
 from tests.threat_models import make
 
+SLOW = ("test_the_batch_size_does_not_show *l2",)
+
 N, D, CLASSES = 23, 8, 3
 STEPS, EPSILON = 4, 0.1
 RNG = np.random.default_rng(0)

@@ -29,6 +29,12 @@ from ntk_awt.config import (
 )
 from ntk_awt.errors import InputError
 
+SLOW = (
+    "test_full_disk_keeps_finished_work",
+    "test_a_network_can_join_and_a_saved_ticket_can_be_used",
+    "test_redrawing_gives_the_same_pictures",
+)
+
 CONFIG = RunConfig(
     data=DataConfig(train_size=200, test_size=60),
     model=ModelConfig(widths=(16,)),

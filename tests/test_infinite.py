@@ -20,6 +20,11 @@ from ntk_awt.kernels.compat import predict as nt_predict
 from ntk_awt.threats import L2, Linf
 from tests.counting import Counting
 
+SLOW = (
+    "test_results_have_the_dtype_of_the_images",
+    "test_equals_a_slow_loop_over_phases kernel_fn-False",
+)
+
 KEY = jax.random.key(3)
 STILL = PGD(steps=8, random_start=False)
 N, SHAPE, CLASSES = 5, (3, 2), 2

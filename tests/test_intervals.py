@@ -26,6 +26,8 @@ from ntk_awt.errors import InputError
 from ntk_awt.models import average_pool, max_pool
 from ntk_awt.threats import L2, Linf, StrongL2
 
+SLOW = ("test_no_point_of_a_threat_set_is_outside cnn*",)
+
 EVERYWHERE = (-np.inf, np.inf)
 FUNCTIONS = intervals._UNARY | {"gelu": intervals._GELU}
 

@@ -16,6 +16,23 @@ from ntk_awt.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels.engines import ENGINES
 from ntk_awt.types import Network
+from tests.quick import quick
+
+SLOW = (
+    "test_engines_agree_with_the_loop mlp-erf*",
+    "test_engines_agree_with_the_loop mlp-tanh-[cp]*",
+    "test_forms_agree_with_the_loop *-diagonal",
+    "test_forms_agree_with_the_loop *-1",
+    "test_derivatives_agree_with_finite_differences layerwise-chunks",
+    "test_derivatives_agree_with_finite_differences layerwise-kept",
+    "test_derivatives_agree_with_finite_differences contraction",
+    "test_everything_traced *-real",
+    "test_neural_tangents_agrees cnn*",
+    "test_a_batch_of_parameters",
+    "test_computing_in_a_smaller_type [cp]*",
+    "test_derivatives_agree_with_finite_differences layerwise-soft",
+    "test_other_engines_in_all_settings contraction-*",
+)
 
 IMAGE = (8, 8, 1)
 
@@ -25,7 +42,7 @@ IMAGE = (8, 8, 1)
 @cache
 def single_gradient(apply):
     """∂f_c(x)/∂θ of one image and one output, compiled once for each network."""
-    return jax.jit(jax.grad(lambda w, image, c: apply(w, image[None])[0, c]))
+    return quick(jax.grad(lambda w, image, c: apply(w, image[None])[0, c]))
 
 
 def loop_kernel(apply, params, x1, x2, columns):
@@ -263,7 +280,9 @@ def settled(kind, setting, outputs, **kwargs):
             **arguments, **kwargs,
         )  # fmt: skip
         plan = replace(plan, **changes)
-        kernel = kernels.empirical(SMALL.apply, params, x1, x2, plan=plan, **given)
+        kernel = quick(
+            lambda p, x1, x2: kernels.empirical(SMALL.apply, p, x1, x2, plan=plan, **given)
+        )(params, x1, x2)
         assert kernel.dtype == jnp.float64
         return kernel, plan
 
@@ -573,7 +592,7 @@ def test_derivatives_agree_with_finite_differences(case):
             )  # fmt: skip
             return jnp.sum(weight * kernel**2)
 
-        both = jax.jit(jax.value_and_grad(scalar))
+        both = quick(jax.value_and_grad(scalar))
         gradient = both(free)[1]
         step, direction, ends = 1e-5, {}, []
         for name in free:
@@ -589,7 +608,7 @@ def test_derivatives_agree_with_finite_differences(case):
             )
             assert max(jax.tree.leaves(pruned)) == 0
         # `direction`, `ends`: of the last argument.
-        second = jax.jit(lambda f, d: jax.jvp(jax.grad(scalar), (f,), (d,))[1])(free, direction)
+        second = quick(lambda f, d: jax.jvp(jax.grad(scalar), (f,), (d,))[1])(free, direction)
         change = jax.tree.map(lambda a, b: (a - b) / (2 * step), ends[0][1], ends[1][1])
         probe = leafwise(lambda k, w: jax.random.normal(k, w.shape, w.dtype), free, 7)
         assert float(dot(second, probe)) == pytest.approx(float(dot(change, probe)), rel=1e-6)

@@ -19,6 +19,14 @@ from ntk_awt.errors import InputError
 from ntk_awt.models import build, from_module
 from ntk_awt.types import Network
 
+SLOW = (
+    "test_forward_pass conv4*",
+    "test_output_variance_follows_the_recursion",
+    "test_parametrisations_draw_the_same_function conv4",
+    "test_logits_depend_on_one_image conv4",
+    "test_parametrisations_draw_the_same_function lenet5",
+)
+
 Shape = tuple[int, ...]
 
 STD = 1.3

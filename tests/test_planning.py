@@ -16,6 +16,8 @@ from ntk_awt.kernels import forms, planning, program
 from ntk_awt.kernels.engines import ENGINES
 from tests.test_kernels import LAYERS, SMALL, factors, images, positions
 
+SLOW = ("test_explicit_jacobians_keep_to_the_memory",)
+
 WIDE = models.build(ModelConfig(widths=(100, 50)), (12, 12, 1), 4, jax.random.key(1))
 
 

@@ -13,13 +13,29 @@ from ntk_awt.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import probes
 from ntk_awt.types import Network
+from tests.quick import quick
+
+SLOW = (
+    "test_means_over_many_draws_are_exact [cw]*",
+    "test_intervals_cover_nine_times_in_ten [cw]*",
+    "test_gradients_are_finite_where_nothing_is_left",
+    "test_memory_is_that_of_a_batch_and_of_the_vectors True",
+    "test_products_are_those_with_the_explicit_kernel mlp-dense",
+    "test_with_as_many_vectors_as_rows_the_values_are_exact mixed",
+    "test_a_sketch_that_captures_everything_leaves_rounding [03]",
+    "test_ritz_values_lie_within_their_residuals [12]",
+    "test_eigenvalues_of_kernels_of_any_rank [03]-*",
+    "test_estimates_of_networks_cover_the_exact_values",
+    "test_a_wrong_transposed_product_is_caught",
+    "test_products_are_those_with_the_explicit_kernel mlp-real",
+    "test_means_over_many_draws_are_exact symmetric",
+    "test_memory_is_that_of_a_batch_and_of_the_vectors False",
+    "test_intervals_cover_nine_times_in_ten symmetric",
+)
 
 IMAGE = (6, 6, 1)
 CLASSES = 2
 KEY = jax.random.key(0)
-
-# Most programs here take longer to compile than to run.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # ---------------------------------------------------------------- networks and their kernels
 

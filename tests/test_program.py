@@ -21,7 +21,22 @@ from ntk_awt import kernels
 from ntk_awt.errors import leaf_name
 from ntk_awt.kernels import program
 from ntk_awt.types import Network
+from tests.quick import quick
 from tests.test_kernels import agree, factors, reference
+
+SLOW = (
+    "test_weights_enter_in_any_way attention",
+    "test_weights_enter_in_any_way bias_transposed",
+    "test_weights_enter_in_any_way several_axes_of_inputs",
+    "test_weights_enter_in_any_way weight_scaled*",
+    "test_weights_enter_in_any_way grouped_convolution",
+    "test_weights_enter_in_any_way one_weight*",
+    "test_weights_enter_in_any_way dense",
+    "test_weights_enter_in_any_way axes_in*",
+    "test_weights_enter_in_any_way several_axes_of_units",
+    "test_weights_enter_in_any_way parts_of*",
+    "test_weights_enter_in_any_way weight_as*",
+)
 
 INPUTS = 6
 
@@ -434,7 +449,11 @@ def sites_of(apply, params, x):
 
 
 def layerwise(apply, params, x1, x2, **given):
-    return kernels.empirical(apply, params, x1, x2, engine="layerwise", **given)
+    @quick
+    def kernel(params, x1, x2):
+        return kernels.empirical(apply, params, x1, x2, engine="layerwise", **given)
+
+    return kernel(params, x1, x2)
 
 
 @pytest.mark.parametrize("name", CASES)

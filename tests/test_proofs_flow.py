@@ -6,6 +6,8 @@ import pytest
 from proofs_check import d1_flow, d2_energy, d3_frozen
 from tests.proofs import check, why
 
+SLOW = ("test_d1_needs_float64",)
+
 
 @pytest.mark.parametrize("name", ["D1", "D2", "D3"])
 def test_statement_holds(name):
@@ -70,3 +72,7 @@ def test_d3_finds_a_wrong_closed_form(monkeypatch, defect):
 
     monkeypatch.setattr(d3_frozen, "frozen", wrong)
     assert not check("D3").holds
+
+
+def test_d3_needs_float64():
+    assert not check("D3", precision="float32").holds

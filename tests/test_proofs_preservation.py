@@ -12,6 +12,8 @@ from ntk_awt.dynamics.preservation import Trajectory
 from proofs_check import p1_identity, p2_posterior, p3_prior, trainings
 from tests.proofs import check, why
 
+SLOW = ("test_single_precision_is_caught",)
+
 PLANTED = ("_attacked", "_trajectory", "_terms", "_defect")
 
 

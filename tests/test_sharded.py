@@ -24,6 +24,8 @@ from ntk_awt.errors import InputError
 from ntk_awt.kernels import sharded
 from ntk_awt.types import Network
 
+SLOW = ("test_gradient_sums_over_the_devices mlp-ticket",)
+
 ROOT = Path(__file__).parents[1]
 PATIENCE = 540
 """Seconds after which a process that hangs is ended."""

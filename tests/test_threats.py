@@ -23,6 +23,8 @@ from ntk_awt.threats import L2, THREATS, Linf, StrongL2
 from tests import threat_models
 from tests.threat_models import ORDER, RATIO, make
 
+SLOW = ("test_random_start_is_inside l2",)
+
 U = 2.0**-24  # unit roundoff of float32
 NAMES = sorted(THREATS)
 every_threat = pytest.mark.parametrize("name", NAMES)

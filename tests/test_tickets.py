@@ -16,6 +16,8 @@ from ntk_awt.threats import L2, Linf
 from ntk_awt.tickets.awt import reselect
 from tests.test_kernels import reference
 
+SLOW = ("test_search_works_under_l2",)
+
 distances = jax.jit(tickets.distances, static_argnames=("apply", "jacobian"))
 
 CONFIG = TicketConfig(

@@ -21,6 +21,13 @@ from ntk_awt.masks import Ticket
 from ntk_awt.threats import L2, Linf
 from ntk_awt.training import Batch, EpochRecord, fit, steps_per_epoch
 
+SLOW = (
+    "test_against_a_loop trades-*",
+    "test_squared_error_against_a_loop trades",
+    "test_against_a_loop adversarial-momentum",
+    "test_against_a_loop adversarial-adamw",
+)
+
 N, D, HIDDEN, CLASSES, SIZE = 20, 6, 5, 3, 8  # two batches of 8 an epoch; 4 images are left out
 RNG = np.random.default_rng(0)
 X = RNG.uniform(0, 1, (N, D)).astype(np.float32)
