@@ -51,10 +51,16 @@ class Settings(NamedTuple):
 
 
 def _over_images(f: Callable[[Any], Any], x: Images, settings: Settings) -> Any:
-    """f of each image, `settings.images` of them at a time."""
-    if settings.images >= x.shape[0]:
-        return jax.vmap(f)(x)
-    return jax.lax.map(f, x, batch_size=settings.images)
+    """f of a batch of images [n, *shape], `settings.images` of them at a time."""
+    n, size = x.shape[0], settings.images
+    if size >= n:
+        return f(x)
+    whole = n // size * size
+    blocks = jax.lax.map(f, x[:whole].reshape(-1, size, *x.shape[1:]))
+    found = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), blocks)
+    if whole == n:
+        return found
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, f(x[whole:]))
 
 
 def _leaves(tree: Params | None, count: int) -> list[Any]:
@@ -118,9 +124,23 @@ def layerwise(
         ]
         return rows, units, [j.reshape(len(basis), -1) for j in jacobians]
 
+    def block(x: Images) -> tuple[list[Any], list[Any]]:
+        # Explicit Jacobians are made at once, while the cotangents are in the cache.
+        rows, units, jacobians = jax.vmap(features)(x)
+        parts = [
+            forms.prepare(share, a, d).arrays if share.form in forms.EXPLICIT else (a, d)
+            for share, a, d in zip(made, rows, units, strict=True)
+        ]
+        return parts, jacobians
+
     def prepare(x: Images) -> list[Side]:
-        rows, units, jacobians = _over_images(features, x, settings)
-        sides = [forms.prepare(*parts) for parts in zip(made, rows, units, strict=True)]
+        parts, jacobians = _over_images(block, x, settings)
+        sides = [
+            Side(arrays, (0,) * len(arrays))
+            if share.form in forms.EXPLICIT
+            else forms.prepare(share, *arrays)
+            for share, arrays in zip(made, parts, strict=True)
+        ]
         if rest:
             factors = _leaves(factor, len(leaves))
             scaled = [
@@ -169,7 +189,7 @@ def contraction(
             for start, stop, first in cuts
         ]
 
-    return Engine(lambda x: _over_images(jacobian, x, settings), combine)
+    return Engine(lambda x: _over_images(jax.vmap(jacobian), x, settings), combine)
 
 
 def products(

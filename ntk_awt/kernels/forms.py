@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 FORMS = ("gram", "packed", "soft", "jacobian", "kept")
+EXPLICIT = ("jacobian", "kept")
+"""Forms that need of an image its Jacobian; its inputs and cotangents may be forgotten."""
 
 Cuts: TypeAlias = tuple[tuple[int, int, int], ...]
 

@@ -26,12 +26,15 @@ from ntk_awt.errors import (
 )
 from ntk_awt.kernels import program
 from ntk_awt.kernels.engines import ENGINES
-from ntk_awt.kernels.forms import FORMS, Cuts, row_counts
+from ntk_awt.kernels.forms import EXPLICIT, FORMS, Cuts, row_counts
 from ntk_awt.types import ApplyFn, Images, Mask, Network, Params
 
 OUTPUTS = ("full", "diagonal", "trace")
 BUDGET = 2**30
 """Bytes that the images' features and all temporary arrays may take, unless told otherwise."""
+
+CACHE = 3 * 2**23
+"""Bytes of cotangents at a time on a CPU, where explicit Jacobians are made of them."""
 
 # Time of one multiply-add of a kind over that of a large matrix product (measured on 2 CPU cores).
 _SMALL_PRODUCT = 12.0  # batches of small matrix products: Gram matrices of single units
@@ -328,12 +331,17 @@ def make(
         fitting = [name for name in ENGINES if 2 * features[name] <= memory] or ["products"]
         engine = min(fitting, key=costs.__getitem__)
     backwards = {"layerwise": steps, "contraction": steps + itemsize * s.q * total, "products": 0}
-    images = int(min(max(n1, n2), max(1, memory // 2 // max(backwards[engine], 1))))
+    wide = jax.default_backend() != "cpu"
+    explicit = engine == "contraction" or any(
+        layer.form in EXPLICIT and layer.chunks == 1 for layer in sites
+    )
+    room = memory // 2 if wide or not explicit else min(memory // 2, CACHE)
+    images = int(min(max(n1, n2), max(1, room // max(backwards[engine], 1))))
+    images = math.ceil(max(n1, n2) / math.ceil(max(n1, n2) / images))  # of about equal size
     pair = 3 * itemsize * (s.per_pair if outputs == "full" else max(shape[2:], default=1))
     tile = batch or _tile(max(n1, n2), features[engine], pair, memory)
     tile = min(tile, max(n1, n2))
     stored = features[engine] * s.images <= memory
-    wide = jax.default_backend() != "cpu"
     scratch = min(images, tile) * backwards[engine] + tile * tile * pair
     scratch += features[engine] * (s.images if stored else 2 * tile)
     bytes_ = (itemsize * math.prod(shape), int(scratch))

@@ -353,9 +353,14 @@ def run(
     values.update(zip(program.leaves, leaves, strict=True))
     values[program.image] = image
     added = {site.tap: tap for site, tap in zip(program.sites, taps, strict=True)}
-    for step in program.steps:
+    by_offsets = {site.step for site in program.sites} if jax.default_backend() == "cpu" else set()
+    for position, step in enumerate(program.steps):
         inputs = [i.value if isinstance(i, Constant) else values[i] for i in step.inputs]
-        for number, value in zip(step.outputs, evaluate(step, inputs), strict=True):
+        if position in by_offsets and step.eqn.primitive.name == "conv_general_dilated":
+            found = [_convolve(step, *inputs)]
+        else:
+            found = evaluate(step, inputs)
+        for number, value in zip(step.outputs, found, strict=True):
             values[number] = value + added[number] if number in added else value
     data = [values[_data_operand(program, site)] for site in program.sites]
     return values[program.output], data
@@ -386,39 +391,90 @@ def normal_data(program: Program, site: Site, data: Any) -> jax.Array:
     return _patches(data, step)
 
 
-def _patches(data: Any, step: Step) -> jax.Array:
-    """All windows of a convolution's input: [output pixels, window pixels · channels]."""
+class _Windows(NamedTuple):
+    """The windows of a convolution, on an input of shape [n, *pixels, channels] with its border.
+
+    Attributes:
+        image: the input.
+        shape: of a window, [pixels].
+        sizes: of the output, [pixels].
+        strides, dilations: of the windows, and of the pixels in one.
+    """
+
+    image: jax.Array
+    shape: list[int]
+    sizes: list[int]
+    strides: Sequence[int]
+    dilations: Sequence[int]
+
+    def cut(self, offset: Sequence[int], axes: slice = slice(None)) -> jax.Array:
+        """The pixel at `offset` of every window; of some axes only, with the others as they are."""
+        image = self.image
+        for axis, o in zip(range(1, image.ndim - 1)[axes], offset, strict=True):
+            stride, start = self.strides[axis - 1], o * self.dilations[axis - 1]
+            stop = start + (self.sizes[axis - 1] - 1) * stride + 1
+            image = jax.lax.slice_in_dim(image, start, stop, stride, axis)
+        return image
+
+
+def _windows(data: Any, step: Step) -> _Windows:
     params = step.eqn.params
     numbers = params["dimension_numbers"]
     kernel = step.eqn.invars[1].aval.shape
-    window = [kernel[axis] for axis in numbers.rhs_spec[2:]]
+    shape = [kernel[axis] for axis in numbers.rhs_spec[2:]]
     batch, channel, *spatial = numbers.lhs_spec
-    image = data.transpose(batch, *spatial, channel)
     borders = [
         (low, high, dilation - 1)
         for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True)
     ]
+    image = data.transpose(batch, *spatial, channel)
     image = jax.lax.pad(image, jnp.zeros((), data.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
     strides, dilations = params["window_strides"], params["rhs_dilation"]
     sizes = [
         (size - (w - 1) * dilation - 1) // stride + 1
         for size, w, dilation, stride in zip(
-            image.shape[1:-1], window, dilations, strides, strict=True
+            image.shape[1:-1], shape, dilations, strides, strict=True
         )
     ]
-    pieces = []
-    for offset in np.ndindex(*window):
-        starts = [o * dilation for o, dilation in zip(offset, dilations, strict=True)]
-        ends = [
-            start + (size - 1) * stride + 1
-            for start, size, stride in zip(starts, sizes, strides, strict=True)
-        ]
-        piece = jax.lax.slice(
-            image, (0, *starts, 0), (len(image), *ends, image.shape[-1]), (1, *strides, 1)
-        )
-        pieces.append(piece)
-    stacked = jnp.stack(pieces, axis=-2)
-    return stacked.reshape(len(image) * int(np.prod(sizes)), -1)
+    return _Windows(image, shape, sizes, strides, dilations)
+
+
+def _patches(data: Any, step: Step) -> jax.Array:
+    """All windows of a convolution's input: [output pixels, window pixels · channels]."""
+    windows = _windows(data, step)
+    stacked = jnp.stack([windows.cut(o) for o in np.ndindex(*windows.shape)], axis=-2)
+    return stacked.reshape(len(windows.image) * int(np.prod(windows.sizes)), -1)
+
+
+def _convolve(step: Step, data: Any, kernel: Any) -> jax.Array:
+    """A convolution as a sum of matrix products, one for each pixel of the window.
+
+    XLA's convolutions on CPUs are slow when transposed (a border of zeros is multiplied as well)
+    and several times slower inside loops; this one is neither. The first axis of the window is a
+    loop, or all of its terms would be fused into one slow sum.
+    """
+    params, out = step.eqn.params, step.eqn.outvars[0].aval
+    numbers = params["dimension_numbers"]
+    windows = _windows(data, step)
+    kernel = kernel.transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    stride, dilation = windows.strides[0], windows.dilations[0]
+    length = (windows.sizes[0] - 1) * stride + 1
+    dtype = jnp.promote_types(out.dtype, jnp.float32)
+    shape = (len(windows.image), *windows.sizes, kernel.shape[-1])
+
+    def add(total: jax.Array, term: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        first, weights = term
+        rows = jax.lax.dynamic_slice_in_dim(windows.image, first * dilation, length, axis=1)
+        part = windows._replace(image=rows[:, ::stride])
+        for offset in np.ndindex(*windows.shape[1:]):
+            pixels = part.cut(offset, slice(1, None))
+            total = total + jnp.matmul(pixels, weights[offset], preferred_element_type=dtype)
+        return total, None
+
+    terms = (jnp.arange(windows.shape[0]), kernel)
+    found = jax.lax.scan(add, jnp.zeros(shape, dtype), terms)[0].astype(out.dtype)
+    batch, channel, *spatial = numbers.out_spec
+    return found.transpose(np.argsort([batch, *spatial, channel]))
 
 
 def normal_output(program: Program, site: Site, value: Any) -> jax.Array:
