@@ -383,7 +383,7 @@ def _masks(
     for p, name in zip(densities, kinds, strict=True):
         check_number("density", p, low=0, high=1, low_open=True)
         choose("kind of mask", name, KINDS)
-    return list(zip(densities, kinds, strict=True))
+    return [(float(p), name) for p, name in zip(densities, kinds, strict=True)]
 
 
 def _layers(config: ModelConfig, num_classes: int, masks: list[tuple[float, str]]) -> list[Layer]:
