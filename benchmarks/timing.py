@@ -44,13 +44,17 @@ def once(call: Callable[[], Any]) -> float:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each call after one warm-up, taken in turns.
+    """Median seconds of each call, taken in turns, each after one of its own as a warm-up.
 
-    In turns, so that whatever else slows the machine for a while slows all of them.
+    In turns, so that whatever else slows the machine for a while slows all of them; the warm-up,
+    because the other call leaves caches and memory as it needs them.
     """
-    for call in calls.values():
+
+    def warm(call: Callable[[], Any]) -> float:
         once(call)
-    rounds = [{name: once(call) for name, call in calls.items()} for _ in range(repeats)]
+        return once(call)
+
+    rounds = [{name: warm(call) for name, call in calls.items()} for _ in range(repeats)]
     return {name: statistics.median(times[name] for times in rounds) for name in calls}
 
 
