@@ -352,22 +352,22 @@ def verify(
         json_file: write the results there, after every statement anew.
         report: write a self-contained page FILE.html with one figure a statement.
     """
-    from proofs_check import page, registry
+    from proofs_check import page, verification
 
     if report is not None and report.suffix != ".html":
         raise InputError("--report", expected="a file that ends in .html", got=str(report))
-    results: list[registry.Result] = []
-    chosen = names or tuple(registry.MODULES)
+    results: list[verification.Result] = []
+    chosen = names or tuple(verification.MODULES)
     with Bars().bar("verify", len(chosen), "statements") as show:
 
-        def on_done(result: registry.Result) -> None:
+        def on_done(result: verification.Result) -> None:
             results.append(result)
             show(len(results))
             if json_file is not None:
                 text = json.dumps([found.record() for found in results], indent=2)
                 json_file.write_text(text + "\n", encoding="utf-8")
 
-        registry.verify(
+        verification.verify(
             chosen,
             size="full" if full else "default",
             seed=seed,

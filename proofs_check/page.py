@@ -7,7 +7,7 @@ from typing import Any
 from ntk_awt import plots, report
 from ntk_awt.experiment import versions
 from proofs_check.core import Outcome
-from proofs_check.registry import Result
+from proofs_check.verification import Result
 
 
 def complaints(result: Result) -> list[str]:
@@ -43,7 +43,7 @@ def write(results: list[Result], path: Path) -> Path:
     """Write a self-contained page.
 
     Args:
-        results: from `registry.verify`.
+        results: from `verification.verify`.
         path: of the page; its folder is made.
 
     Returns:

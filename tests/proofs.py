@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from proofs_check.registry import Result, verify
+from proofs_check.verification import Result, verify
 
 
 def check(name: str, **options: Any) -> Result:
-    """The statement's result at the reduced size; `options` go to `registry.verify`."""
+    """The statement's result at the reduced size; `options` go to `verification.verify`."""
     (result,) = verify([name], **{"size": "reduced", **options})
     return result
 

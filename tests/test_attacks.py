@@ -39,7 +39,6 @@ SLOW = (
     "test_never_above_the_optimum pgd-l2",
     "test_perturb *l2",
     "test_wrong_attacks_are_rejected attack[02]-*-strong-l2",
-    "test_more_restarts*-l2",
 )
 
 U = 2.0**-24  # unit roundoff of float32

@@ -432,7 +432,7 @@ def test_checkpoint_of_a_search(ticket_dir):
         (["my_network:broken"], "got KeyError: 'c' (my_network.py, line 27)"),
         (["my_broken_network:build"], "got ModuleNotFoundError: No module named 'no_such_module'"),
         (["my_network:build"], "--images: expected FILE.npy or FILE.npz, since this source"),
-        (["my_network:flat", "--images", "more.npy"], "logits of my_network:flat: expected [4, c"),
+        (["my_network:flat", "--images", "more.npy"], "logits of my_network:flat: expected [4, c]"),
         (["my_network:build", "--images", "none.npy"], "images none.npy: expected a .npy or .npz"),
         (["my_network:build", "--images", "torn.npy"], "images torn.npy: expected a .npy or .npz"),
         (["my_network:build", "--images", "nameless.npz"], "expected an array x in it, got z"),

@@ -147,6 +147,11 @@ def test_seed_and_processes(monkeypatch):
     assert asked == [2]
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_same_rows():
+    assert study("rates", jobs=2).rows == study("rates").rows
+
+
 # ---------------------------------------------------------------- phase diagram
 
 
@@ -351,3 +356,9 @@ def test_run_under_the_strong_threat(tmp_path):
     with np.load(run.paths.evaluation("ticket")) as file:
         shown = file["examples"].astype(np.float64) - file["clean"]
     assert inside(run.threat, shown.reshape(len(shown), -1), run)
+
+    file = tmp_path / "numbers.json"
+    assert cli.main(["evaluate", str(folder), "--epsilon", "2", "--json", str(file)]) == 0
+    for row in json.loads(file.read_text()):
+        assert (row["threat"], row["epsilon"]) == ("strong-l2", 2.0)
+        assert row["robust"]["value"] <= results["networks"][row["network"]]["robust_accuracy"]

@@ -14,10 +14,10 @@ import scipy.stats
 
 from ntk_awt import cli
 from ntk_awt.errors import InputError, check_count
-from proofs_check import core, page, registry
+from proofs_check import core, page, verification
 from proofs_check.core import Context, Line, Outcome, Panel, Statement
 
-FILES = ["core", "registry", "page", *registry.MODULES.values()]
+FILES = ["core", "verification", "page", *verification.MODULES.values()]
 
 # ---------------------------------------------------------------- rules
 
@@ -118,8 +118,8 @@ def fake(monkeypatch):
 
     def use(**outcomes: Outcome) -> None:
         found = {number: statement(outcome, number) for number, outcome in outcomes.items()}
-        monkeypatch.setattr(registry, "load", found.__getitem__)
-        monkeypatch.setattr(registry, "MODULES", dict.fromkeys(found, ""))
+        monkeypatch.setattr(verification, "load", found.__getitem__)
+        monkeypatch.setattr(verification, "MODULES", dict.fromkeys(found, ""))
 
     return use
 
@@ -136,7 +136,7 @@ def fake(monkeypatch):
 )
 def test_a_statement_needs_cases_that_hold_and_controls_that_fail(fake, cases, controls, holds):
     fake(D1=Outcome(cases, controls))
-    (result,) = registry.verify(["D1"])
+    (result,) = verification.verify(["D1"])
     assert result.holds is holds
     assert result.record()["holds"] is holds
     assert (page.complaints(result) == []) is holds
@@ -151,10 +151,10 @@ def test_precision_is_scoped(fake, monkeypatch):
 
     one = replace(statement(Outcome([], [])), check=check)
     two = replace(one, precision="float32")
-    monkeypatch.setattr(registry, "load", {"D1": one, "D2": two}.__getitem__)
+    monkeypatch.setattr(verification, "load", {"D1": one, "D2": two}.__getitem__)
     before = jnp.ones(()).dtype
-    registry.verify(["D1", "D2"])
-    registry.verify(["D1"], precision="float32")
+    verification.verify(["D1", "D2"])
+    verification.verify(["D1"], precision="float32")
     assert seen == ["float64", "float32", "float32"]
     assert jnp.ones(()).dtype == before
 
@@ -167,11 +167,11 @@ def test_context_is_reproducible():
 
 def test_unknown_names_and_sizes():
     with pytest.raises(InputError, match="statement: expected one of D1, D2"):
-        registry.verify(["D11"])
+        verification.verify(["D11"])
     with pytest.raises(InputError, match="size"):
-        registry.verify(["D1"], size="huge")  # pyright: ignore[reportArgumentType]
+        verification.verify(["D1"], size="huge")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="seed"):
-        registry.verify(["D1"], seed=-1)
+        verification.verify(["D1"], seed=-1)
 
 
 # ---------------------------------------------------------------- the command
@@ -212,7 +212,7 @@ def test_results_so_far_survive_an_interruption(fake, monkeypatch, tmp_path):
 
     stopping = replace(statement(Outcome([], []), "P3"), check=stop)
     found = {"D1": statement(Outcome([GOOD], [REJECTED])), "P3": stopping}
-    monkeypatch.setattr(registry, "load", found.__getitem__)
+    monkeypatch.setattr(verification, "load", found.__getitem__)
     file = tmp_path / "out.json"
     assert cli.main(["verify", "D1", "P3", "--json", str(file)]) == 130
     assert [row["name"] for row in json.loads(file.read_text())] == ["D1"]
@@ -234,9 +234,9 @@ def test_bad_input_of_verify(arguments, message, capsys):
 # ---------------------------------------------------------------- all statements
 
 
-@pytest.mark.parametrize("number", registry.MODULES)
+@pytest.mark.parametrize("number", verification.MODULES)
 def test_every_statement_says_what_it_is(number):
-    found = registry.load(number)
+    found = verification.load(number)
     assert found.number == number
     texts = [found.title, found.claim, found.formula, found.instances, found.rule, found.tolerance]
     assert all(texts)

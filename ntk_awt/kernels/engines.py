@@ -128,7 +128,7 @@ def layerwise(
         # Explicit Jacobians are made at once, while the cotangents are in the cache.
         rows, units, jacobians = jax.vmap(features)(x)
         parts = [
-            forms.prepare(share, a, d).arrays if share.form in forms.EXPLICIT else (a, d)
+            forms.prepare(share, a, d) if share.form in forms.EXPLICIT else (a, d)
             for share, a, d in zip(made, rows, units, strict=True)
         ]
         return parts, jacobians
@@ -136,10 +136,8 @@ def layerwise(
     def prepare(x: Images) -> list[Side]:
         parts, jacobians = _over_images(block, x, settings)
         sides = [
-            Side(arrays, (0,) * len(arrays))
-            if share.form in forms.EXPLICIT
-            else forms.prepare(share, *arrays)
-            for share, arrays in zip(made, parts, strict=True)
+            part if isinstance(part, Side) else forms.prepare(share, *part)
+            for share, part in zip(made, parts, strict=True)
         ]
         if rest:
             factors = _leaves(factor, len(leaves))
