@@ -11,9 +11,9 @@ from tyro.conf import Positional, arg
 
 from ntk_awt.errors import choose
 
-from . import attacks, kernels
+from . import attacks, kernels, tickets
 
-BENCHMARKS = {"attacks": attacks.run, "kernels": kernels.run}
+BENCHMARKS = {"attacks": attacks.run, "kernels": kernels.run, "tickets": tickets.run}
 
 
 def main(

@@ -85,7 +85,7 @@ def training_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
     many = inputs(steps * BATCH)
     config = TrainConfig(epochs=1, batch_size=BATCH)
     params = network.params
-    ticket = masks.Ticket(params, masks.ones(params), masks.unit_gain(params))
+    ticket = masks.dense(params)
     options = {"threat": Linf(0.1), "attack": PGD(steps=10), "key": jax.random.key(4)}
     return compare(
         f"{steps} training steps under PGD-10, {name}, batch {BATCH}",

@@ -100,6 +100,43 @@ class Settings:
         return opened
 
 
+@dataclass(frozen=True)
+class SweepSettings:
+    """What `run` takes with the config file of a sweep."""
+
+    quick: bool = False
+    """Apply the file's table [sweep.quick]: fewer seeds, a shorter training."""
+    seeds: tuple[int, ...] | None = None
+    """Only these seeds, in place of the file's: several calls can share the work."""
+    densities: tuple[float, ...] | None = None
+    """Only these densities, in place of the file's."""
+    data_dir: Path | None = None
+    """Folder of the data files; else the environment variable NTK_AWT_DATA (or its sub-folder)."""
+    run_dir: Path | None = None
+    """Folder of the sweep; runs/NAME (NAME-quick) of the config file, if not given."""
+
+
+def run_sweep(path: Path, settings: SweepSettings) -> int:
+    """Networks × densities × seeds as one resumable experiment, gathered in one page."""
+    from ntk_awt import sweep
+
+    config = sweep.load(path, quick=settings.quick)
+    changes = {"seeds": settings.seeds, "densities": settings.densities}
+    config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+    if settings.data_dir is not None:
+        images = dataclasses.replace(config.base.data, data_dir=settings.data_dir)
+        config = dataclasses.replace(config, base=dataclasses.replace(config.base, data=images))
+    root = settings.run_dir or Path("runs") / (path.stem + "-quick" * settings.quick)
+    _resume.append(f"ntk-awt run --config {path} --run-dir {root}{' --quick' * settings.quick}")
+    found = sweep.run(config, root, Bars())
+    table = _table(*sweep.HEADERS)
+    for row in sweep.table_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    print(f"report: {root / 'sweep.html'}")
+    return 0
+
+
 def run(settings: Settings) -> int:
     """Find the ticket, train and compare all networks, write the report."""
     opened = settings.open()
@@ -112,7 +149,7 @@ def run(settings: Settings) -> int:
 def ticket(settings: Settings) -> int:
     """Make every network at initialisation (search included) and stop there."""
     from ntk_awt import masks
-    from ntk_awt.experiment import ordered
+    from ntk_awt.methods import ordered
 
     opened = settings.open()
     opened.make_tickets()
@@ -128,10 +165,11 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
 
     Args:
         run_dir: a run folder, e.g. from `ntk-awt ticket`.
-        networks: train only these, and add those that the run does not have yet: dense, ticket,
-            random, magnitude, or a saved ticket's FILE.
+        networks: train only these, and add those that the run does not have yet: any name that
+            `run --networks` takes.
     """
-    from ntk_awt.experiment import Run, network_label, open_run
+    from ntk_awt.experiment import Run, open_run
+    from ntk_awt.methods import network_label
 
     config = open_run(run_dir).config
     more = tuple(name for name in networks if name not in config.networks)
@@ -163,7 +201,8 @@ def evaluate(
         json_file: write the numbers there as well.
     """
     from ntk_awt.attacks import PGD
-    from ntk_awt.experiment import open_run, ordered
+    from ntk_awt.experiment import open_run
+    from ntk_awt.methods import ordered
 
     opened = open_run(run_dir, Bars())
     settings, known = opened.config.evaluation, ordered(opened.config.networks)
@@ -315,10 +354,10 @@ def bench(
     names: Positional[tuple[str, ...]] = (),
     json_file: Annotated[Path | None, arg(name="json")] = None,
 ) -> int:
-    """Time our kernels and attacks against a peer in the same run (needs a checkout).
+    """Time our kernels, attacks and searches against a peer in the same run (needs a checkout).
 
     Args:
-        names: attacks, kernels; all if not given.
+        names: attacks, kernels, tickets; all if not given.
         json_file: write the rows there as well.
     """
     checkout = Path(__file__).resolve().parents[1]
@@ -500,6 +539,16 @@ def _split_config(arguments: list[str]) -> tuple[RunConfig, list[str]]:
     return configs.load(Path(arguments[at + 1])), arguments[:at] + arguments[at + 2 :]
 
 
+def _sweep_file(arguments: list[str]) -> Path | None:
+    """The config file, if it is that of a sweep."""
+    from ntk_awt import sweep
+
+    if "--config" in arguments[:-1]:
+        path = Path(arguments[arguments.index("--config") + 1])
+        return path if sweep.is_sweep(path) else None
+    return None
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [
@@ -515,6 +564,15 @@ def _dispatch(arguments: list[str]) -> int:
         return linear(rest)
     if command not in (run, ticket):
         return tyro.cli(command, prog=f"ntk-awt {name}", args=rest)
+    if command is run and (path := _sweep_file(rest)) is not None:
+        at = rest.index("--config")
+        found = tyro.cli(
+            SweepSettings,
+            prog=f"ntk-awt run --config {path}",
+            description=run_sweep.__doc__,
+            args=rest[:at] + rest[at + 2 :],
+        )
+        return run_sweep(path, found)
     config, rest = _split_config(rest)
     settings = tyro.cli(
         Settings,

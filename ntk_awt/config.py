@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 from ntk_awt.errors import InputError, check_number, choose
 
@@ -122,41 +122,119 @@ class AttackConfig:
         check_number("attack_step_ratio", self.attack_step_ratio, low=0, low_open=True)
 
 
+def _later(default: Any) -> Any:
+    """A setting that came later: it enters the run's hash where it is not at its default."""
+    return field(default=default, metadata={"hash": "unless default"})
+
+
 @dataclass(frozen=True)
 class TicketConfig:
     """The search for the ticket at initialisation."""
 
     solver: str = "awt"
-    """awt: optimise the kept weights on adversarial inputs."""
+    """awt (kept weights), awt-scores (mask), awt-joint (both), concrete (relaxed mask) or saliency
+    (weights removed in rounds)."""
+    start: str = _later("random")
+    """The mask to start from: the name of a baseline (random, magnitude, snip, …)."""
     ticket_steps: int = 300
     """Optimiser steps of the search."""
     ticket_learning_rate: float = 1e-3
-    """Adam's peak step size; it follows a cosine to zero."""
+    """Adam's peak step size for the weights; it follows a cosine to zero."""
+    score_learning_rate: float = _later(0.05)
+    """Adam's peak step size for scores of the mask; it follows a cosine to zero."""
     ticket_batch_size: int = 32
     """Images a step; the kernel of a step is [batch, batch, classes, classes]."""
+    matching: str = _later("distances")
+    """distances (target and kernel distance) or kl (KL of the sparse to the dense prediction)."""
     kernel_weight: float = 1.0
-    """λ: weight of the kernel distance against the target distance."""
+    """λ: weight of the kernel distance; 0 leaves it out."""
+    target_weight: float = _later(1.0)
+    """Weight of the target distance; 0 leaves it out."""
+    balance: bool = _later(False)
+    """Scale λ so that the gradients of both distances have the same norm (a running mean)."""
     distance: str = "relative"
     """relative (each squared distance over its dense norm) or absolute (β² + λα²)."""
     jacobian: str = "masked"
     """masked (pruned weights never move) or full (Neural Tangent Transfer's convention)."""
+    pairs: str = _later("all")
+    """all (the kernel of a batch with itself) or halves (of its first with its second half)."""
+    estimator: str = _later("exact")
+    """exact, or probes: estimated kernel distances, for kernels that do not fit into memory."""
+    inputs: str = _later("dense")
+    """Images in the objective: adversarial for the dense network, for the sparse one, for both
+    (half of the batch each), or natural."""
+    learn_allocation: bool = _later(False)
+    """Let scores of all layers compete, so that the search decides each layer's density."""
+    reselect: str = _later("regrow")
+    """regrow (drop the smallest kept weights, grow where the gradient is largest) or magnitude
+    (keep the largest of all, pruned ones at their initial values)."""
     reselect_every: int = 0
-    """Re-select the mask by magnitude with regrowth every that many steps; 0 keeps the mask."""
+    """awt: re-select the mask every that many steps; 0 keeps it."""
     reselect_fraction: float = 0.1
-    """Share of each layer's kept weights that one re-selection may replace, in (0, 1]."""
+    """regrow: share of each layer's kept weights that one re-selection may replace, in (0, 1]."""
+    temperature: float = _later(0.67)
+    """concrete: temperature of the relaxed Bernoulli mask."""
+    rounds: int = _later(10)
+    """saliency: rounds of removal, at densities that fall geometrically; 1 is one-shot."""
     ticket_records: int = 10
     """How often both distances are recorded on the held-out batch, evenly spaced."""
+    patience: int = _later(0)
+    """Stop after that many records without a better objective on the held-out batch, and take the
+    best record's network; 0 takes the last one."""
 
     def __post_init__(self):
         check_number("ticket_steps", self.ticket_steps, low=1)
         check_number("ticket_learning_rate", self.ticket_learning_rate, low=0, low_open=True)
+        check_number("score_learning_rate", self.score_learning_rate, low=0, low_open=True)
         check_number("ticket_batch_size", self.ticket_batch_size, low=1)
         check_number("kernel_weight", self.kernel_weight, low=0)
+        check_number("target_weight", self.target_weight, low=0)
         check_number("reselect_every", self.reselect_every, low=0)
         check_number("reselect_fraction", self.reselect_fraction, low=0, high=1, low_open=True)
+        check_number("temperature", self.temperature, low=0, low_open=True)
+        check_number("rounds", self.rounds, low=1, high=self.ticket_steps)
         check_number("ticket_records", self.ticket_records, low=1)
+        check_number("patience", self.patience, low=0)
+        choose("matching", self.matching, ("distances", "kl"))
         choose("distance", self.distance, ("relative", "absolute"))
         choose("jacobian", self.jacobian, ("masked", "full"))
+        choose("pairs", self.pairs, ("all", "halves"))
+        choose("estimator", self.estimator, ("exact", "probes"))
+        choose("inputs", self.inputs, ("dense", "sparse", "both", "natural"))
+        choose("reselect", self.reselect, ("regrow", "magnitude"))
+        if self.kernel_weight == self.target_weight == 0:
+            raise InputError("kernel_weight and target_weight", expected="one above 0", got="0")
+        if self.pairs == "halves" and self.ticket_batch_size < 2:
+            raise InputError("ticket_batch_size", expected="at least 2 for pairs halves", got="1")
+        if self.solver == "saliency" and (
+            self.matching == "kl" or self.estimator == "probes" or self.balance
+        ):
+            raise InputError(
+                "solver saliency",
+                expected="matching distances, estimator exact, no balance (it needs residuals)",
+                got=f"{self.matching}, {self.estimator}, balance {self.balance}",
+            )
+        if self.balance and (
+            self.matching == "kl" or 0 in (self.kernel_weight, self.target_weight)
+        ):
+            raise InputError(
+                "balance",
+                expected="two distances to balance",
+                got=f"matching {self.matching}, weights {self.target_weight:g} (target) and "
+                f"{self.kernel_weight:g} (kernel)",
+            )
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """A method with other settings, under a name of its own that `networks` may list."""
+
+    method: str
+    """Name of the method: a solver, a preset, a baseline or a pipeline."""
+    mask: dict[str, Any] = field(default_factory=dict)
+    """Settings of `mask` that differ."""
+    ticket: dict[str, Any] = field(default_factory=dict)
+    """Settings of `ticket` that differ."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +243,7 @@ class TrainConfig:
 
     loss: str = "adversarial"
     """adversarial, natural or trades."""
-    criterion: str = field(default="cross-entropy", metadata={"hash": "unless default"})
+    criterion: str = _later("cross-entropy")
     """cross-entropy, or squared (half the squared distance to the one-hot label)."""
     epochs: int = 30
     """Passes over the training images."""
@@ -225,7 +303,13 @@ class RunConfig:
     networks: tuple[str, ...] = field(
         default=("dense", "ticket", "random"), metadata={"hash": False}
     )
-    """What to train and compare: dense, ticket, random, magnitude, or a saved ticket's FILE."""
+    """What to train and compare: dense; ticket (found by `ticket.solver`) or a solver's name; ntt;
+    a baseline (random, magnitude, snip, snip-robust, grasp, synflow); a pipeline that trains the
+    dense network first (rewind, prune, hydra); a variant; or a saved ticket's FILE."""
+    variants: Annotated[dict[str, VariantConfig], Suppress] = field(
+        default_factory=dict, metadata={"hash": False}
+    )
+    """Methods with settings of their own, by name (in a config file)."""
     seed: int = 0
     """Seed of every random draw of the run."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -260,6 +344,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {name: plain(item) for name, item in items if item is not None}
         if isinstance(value, Path):
             return str(value)
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
     return plain(config)
@@ -276,6 +362,10 @@ def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "confi
     fields = typing.get_type_hints(cls)
     for name in values:
         choose(f"setting in {where}", name, fields)
+    for f in dataclasses.fields(cls):
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and f.name not in values:
+            raise InputError(where, expected=f"the setting {f.name}", got="none")
     return cls(**{name: _convert(v, fields[name], f"{where}.{name}") for name, v in values.items()})
 
 
@@ -288,6 +378,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         item = typing.get_args(kind)[0]
         return tuple(_convert(v, item, where) for v in value)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        item = typing.get_args(kind)[1]
+        if item is Any:
+            return value
+        return {name: _convert(v, item, f"{where}.{name}") for name, v in value.items()}
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and type(value) is int:

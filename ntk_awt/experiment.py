@@ -34,11 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import config as configs
-from ntk_awt import data, masks, models, report, threats, tickets, training
+from ntk_awt import data, masks, methods, models, report, threats, tickets, training
 from ntk_awt._version import __version__
 from ntk_awt.attacks import CRITERIA, PGD, cross_entropy, example_keys
 from ntk_awt.checkpoints import Checkpoints
-from ntk_awt.config import RunConfig, ThreatConfig
+from ntk_awt.config import RunConfig, ThreatConfig, TicketConfig
 from ntk_awt.errors import InputError, choose
 from ntk_awt.evaluation import Evaluation, evaluate
 from ntk_awt.kernels import (
@@ -49,6 +49,7 @@ from ntk_awt.kernels import (
     target_distance,
 )
 from ntk_awt.masks import Ticket
+from ntk_awt.methods import Method, Trained, network_label, ordered
 from ntk_awt.threats import Threat
 from ntk_awt.types import Key, Network
 
@@ -305,8 +306,11 @@ class Run:
         choose("network", name, ordered(self.config.networks))
         params, folder = self.network.params, self.paths.checkpoints(stage, name)
         if stage == "search":
-            dense = Ticket(params, masks.ones(params), masks.unit_gain(params))
-            like: Any = tickets.start(self.network.apply, self.config.ticket, dense)
+            method = methods.resolve(self.config, name)
+            if method.kind != "search":
+                raise InputError("network", expected="one that is searched for", got=name)
+            dense = masks.dense(params)
+            like: Any = self._search_start(dense, method.ticket, method.mask.gain)
         else:
             optimizer = training.make_optimizer(self.config.train, 1).init(params)
             like = training.TrainState(jnp.zeros((), jnp.int32), params, optimizer)
@@ -317,7 +321,7 @@ class Run:
         if found is None or found is like:
             raise InputError(f"checkpoint {folder}", expected="a saved state", got="none")
         if stage == "search":
-            return found.ticket, int(found.step)
+            return found.solver.ticket, int(found.solver.step)
         return self.load_ticket(name)._replace(params=found.params), int(found.step)
 
     def describe(self, name: str) -> dict[str, str]:
@@ -333,37 +337,75 @@ class Run:
     # ------------------------------------------------------------ stages
 
     def make_tickets(self) -> None:
-        """Write every network at initialisation: dense, drawn, searched for, or from a file."""
+        """Write every network at initialisation: dense, drawn, searched for, or from a file.
+
+        Those that need the trained dense network train it first.
+        """
         for name in self.config.networks:
             label = network_label(name)
             path = self.paths.ticket(label)
-            if path.exists():
-                continue
-            params = self.network.params
-            if name == "dense":
-                ticket = Ticket(params, masks.ones(params), masks.unit_gain(params))
-            elif name == "ticket":
-                ticket = self._search()
-            elif name in tickets.BASELINES:
-                ticket = tickets.baseline(name, params, self.config.mask, self.key(name))
-            else:
-                ticket = masks.load_ticket(Path(name), params)
-            masks.save_ticket(ticket, path, self.describe(label))
+            if not path.exists():
+                ticket = self._make(label, methods.resolve(self.config, name))
+                masks.save_ticket(ticket, path, self.describe(label))
 
-    def _search(self) -> Ticket:
-        settings, attack, apply = self.config.ticket, self.training_attack, self.network.apply
-        first = tickets.baseline(
-            "random", self.network.params, self.config.mask, self.key("random")
-        )
+    def _make(self, label: str, method: Method) -> Ticket:
+        params, clock = self.network.params, Clock()
+        if method.kind == "dense":
+            return masks.dense(params)
+        if method.kind == "file":
+            return masks.load_ticket(Path(method.name), params)
+        if method.kind == "search":
+            return self._search(label, method)
+        if method.kind == "baseline":
+            ticket = self._baseline(method.name, method)
+        else:
+            if not self.paths.ticket("dense").exists():
+                masks.save_ticket(
+                    masks.dense(params), self.paths.ticket("dense"), self.describe("dense")
+                )
+            self.train(("dense",))
+            clock.lap()
+            ticket = self._from_trained(label, method)
+        self.log.add([{"stage": "ticket", "network": label, "step": 0, "seconds": clock.lap()}])
+        return ticket
+
+    def problem(self, stream: str) -> tickets.Problem:
+        """The dense network at initialisation and the training images, for searches."""
         d = self.dataset
-        problem = tickets.Problem(
-            self.network.params,
-            jnp.asarray(d.x_train),
-            jnp.asarray(d.y_train),
-            self.threat,
-            self.key("search"),
-        )
-        rows = slice(settings.ticket_batch_size)
+        x, y = jnp.asarray(d.x_train), jnp.asarray(d.y_train)
+        return tickets.Problem(self.network.params, x, y, self.threat, self.key(stream))
+
+    def _baseline(self, name: str, method: Method) -> Ticket:
+        apply, problem = self.network.apply, self.problem(name)
+        return tickets.baseline(name, apply, problem, self.training_attack, method.mask)
+
+    def _from_trained(self, label: str, method: Method) -> Ticket:
+        d, epochs = self.dataset, self.config.train.epochs
+        with self.reporter.bar(f"{label}: scores", epochs, "epochs") as show:
+            start = Trained(
+                self.network.apply,
+                self.network.params,
+                self.load_trained("dense").params,
+                d.x_train,
+                d.y_train,
+                self.threat,
+                self.training_attack,
+                self.key("train"),
+                method.mask,
+                self.config.train,
+                (lambda record: show(record.epoch),),
+                self.paths.checkpoints("scores", label),
+            )
+            ticket = methods.PIPELINES[method.name](start)
+            show(epochs)
+        return ticket
+
+    def _search(self, label: str, method: Method) -> Ticket:
+        settings, gain = method.ticket, method.mask.gain
+        attack, apply = self.training_attack, self.network.apply
+        first = self._baseline(settings.start, method)
+        rows, d = slice(settings.ticket_batch_size), self.dataset
+        problem = self.problem("search")
         held_out = tickets.held_out_target(
             apply,
             attack,
@@ -372,28 +414,42 @@ class Run:
                 y=jnp.asarray(d.y_validation[rows]),
                 key=self.key("held-out"),
             ),
+            settings,
         )
-        folder = self.paths.checkpoints("search", "ticket")
-        bar = self.reporter.bar("ticket: search", settings.ticket_steps, "steps")
+        folder = self.paths.checkpoints("search", label)
+        bar = self.reporter.bar(f"{label}: search", settings.ticket_steps, "steps")
         clock = Clock()
         with bar as show, Checkpoints(folder) as saved:
-            state = saved.latest(tickets.start(apply, settings, first))
+            state = saved.latest(self._search_start(first, settings, gain))
 
-            def on_record(state: tickets.SolverState, record: tickets.SearchRecord) -> None:
-                row: dict[str, Any] = {"stage": "ticket", "network": "ticket", "step": record.step}
+            def on_record(state: tickets.SearchState, record: tickets.SearchRecord) -> None:
+                row: dict[str, Any] = {"stage": "ticket", "network": label, "step": record.step}
                 row |= {
                     f"{name}_distance": float(v) for name, v in record.distances._asdict().items()
                 }
-                if len(record.objective):
-                    row["objective"] = float(record.objective.mean())
+                row["held_out_objective"] = record.held_out
+                if record.step:
+                    row["objective"] = record.objective
                 self.log.add([row | {"seconds": clock.lap()}])
                 saved.save(record.step, state)
                 show(record.step)
 
-            state = tickets.search(
-                apply, problem, state, held_out, attack=attack, config=settings, on_record=on_record
+            return tickets.search(
+                apply,
+                problem,
+                state,
+                held_out,
+                attack=attack,
+                config=settings,
+                on_record=on_record,
+                gain=gain,
             )
-        return state.ticket
+
+    def _search_start(
+        self, first: Ticket, settings: TicketConfig, gain: str
+    ) -> tickets.SearchState:
+        network, key = self.network, self.key("solver")
+        return tickets.start(network.apply, settings, network.params, first, key, gain)
 
     def train(self, only: tuple[str, ...] = ()) -> None:
         """Train every network (or the dense one and `only` those), and record its dynamics."""
@@ -589,17 +645,6 @@ class Clock:
 # ---------------------------------------------------------------- names and checks
 
 
-def network_label(name: str) -> str:
-    """Short name of a network: that of a ticket file is the file's stem."""
-    return Path(name).stem if name.endswith(".safetensors") else name
-
-
-def ordered(networks: tuple[str, ...]) -> list[str]:
-    """Short names with the dense network first: the others are compared with it while training."""
-    labels = [network_label(name) for name in networks]
-    return ["dense", *(label for label in labels if label != "dense")]
-
-
 def signal_basis(name: str, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The signal's directions [d, k]: from class means, or from a file with one such array.
 
@@ -634,22 +679,9 @@ def signal_basis(name: str, images: np.ndarray, labels: np.ndarray) -> np.ndarra
 
 def check_names(config: RunConfig) -> None:
     """Raise unless every name in the config is known, before anything is computed."""
-    known = ("dense", "ticket", *tickets.BASELINES)
-    for name in config.networks:
-        if name.endswith(".safetensors"):
-            if network_label(name) in known:
-                raise InputError(
-                    "network file", expected=f"a name other than {known}", got=name, fix="rename it"
-                )
-        else:
-            choose("network", name, (*known, "FILE.safetensors"))
-    labels = [network_label(name) for name in config.networks]
-    if len(set(labels)) != len(labels):
-        raise InputError("network files", expected="different file names", got=", ".join(labels))
+    methods.check(config)
     models.check(config.model)
-    choose("allocation", config.mask.allocation, masks.ALLOCATIONS)
     choose("threat model", config.threat.name, threats.THREATS)
-    choose("solver", config.ticket.solver, tickets.SOLVERS)
     choose("loss", config.train.loss, training.LOSSES)
     choose("criterion", config.train.criterion, CRITERIA)
     training.make_optimizer(config.train, 1)

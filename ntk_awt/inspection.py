@@ -35,9 +35,10 @@ from ntk_awt.errors import (
     choose,
     leaf_name,
 )
-from ntk_awt.experiment import Paths, Reporter, Run, open_run, ordered
+from ntk_awt.experiment import Paths, Reporter, Run, open_run
 from ntk_awt.kernels import Plan
 from ntk_awt.masks import Ticket
+from ntk_awt.methods import ordered
 from ntk_awt.types import Gain, Images, Mask, Network
 
 EIGENVECTORS = 6

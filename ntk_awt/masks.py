@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.core import Tracer
 
 from ntk_awt.errors import (
     InputError,
@@ -209,6 +210,33 @@ def allocate(scores: Scores, density: float, method: str) -> Counts:
 # ---------------------------------------------------------------- selection
 
 
+@jax.jit
+def _highest(scores: jax.Array, count: Any) -> jax.Array:
+    """Which of scores [n] are the `count` highest, the first ones among equals.
+
+    The bits of a non-negative float, read as an integer, are ordered as the floats are, and those
+    of a negative one with all bits but the sign flipped; so the lowest kept score is found bit by
+    bit, in as many passes as it has bits, where sorting takes some ten times as long.
+    """
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    kind = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
+    bits = jnp.iinfo(kind).bits
+    ordered = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), kind)
+    ordered = jnp.where(ordered < 0, ordered ^ jnp.iinfo(kind).max, ordered)
+    count = jnp.asarray(count, jnp.int32)
+
+    def step(i: jax.Array, lowest: jax.Array) -> jax.Array:
+        higher = lowest + (jnp.ones((), kind) << (bits - 2 - i).astype(kind))
+        return jnp.where(jnp.sum(ordered >= higher, dtype=jnp.int32) >= count, higher, lowest)
+
+    positive = jnp.sum(ordered >= 0, dtype=jnp.int32) >= count
+    lowest = jnp.where(positive, jnp.zeros((), kind), jnp.iinfo(kind).min)
+    lowest = jax.lax.fori_loop(0, bits - 1, step, lowest)
+    above, equal = ordered > lowest, ordered == lowest
+    missing = count - jnp.sum(above, dtype=jnp.int32)
+    return above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= missing))
+
+
 def top_k(scores: Scores, counts: Counts) -> Mask:
     """Keep exactly the `counts` highest scores of each leaf.
 
@@ -229,9 +257,7 @@ def top_k(scores: Scores, counts: Counts) -> Mask:
     """
 
     def select(score: Any, count: Any) -> jax.Array:
-        order = jnp.argsort(-jnp.ravel(score), stable=True)
-        kept = jnp.zeros(order.size, bool).at[order].set(jnp.arange(order.size) < count)
-        return kept.reshape(jnp.shape(score))
+        return _highest(jnp.ravel(score), count).reshape(jnp.shape(score))
 
     return jax.tree.map(select, scores, counts)
 
@@ -247,8 +273,18 @@ def make(scores: Scores, density: float, method: str) -> Mask:
 
 
 def ones(params: Params) -> Mask:
-    """The mask that keeps everything: the dense network."""
+    """The mask that keeps everything."""
     return jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+
+
+def dense(params: Params) -> Ticket:
+    """The dense network as a ticket: nothing pruned, gain 1."""
+    return Ticket(params, ones(params), unit_gain(params))
+
+
+def sparse(params: Params, mask: Mask, gain: str) -> Ticket:
+    """The ticket of a mask: pruned weights at zero, the gain of that name in `GAINS`."""
+    return Ticket(jax.tree.map(lambda w, m: w * m, params, mask), mask, GAINS[gain](params, mask))
 
 
 # ---------------------------------------------------------------- gains
@@ -266,20 +302,20 @@ def energy_gain(params: Params, mask: Mask) -> Gain:
 
     Args:
         params: weights.
-        mask: booleans, the same structure and shapes.
+        mask: booleans (or real numbers), the same structure and shapes.
 
     Returns:
         Scalars, the structure of the parameters.
 
     Raises:
-        InputError: a prunable leaf whose kept weights are all zero.
+        InputError: a prunable leaf whose kept weights are all zero; under jit its gain is infinite.
     """
 
     def gain(path: Any, w: jax.Array, m: jax.Array) -> jax.Array:
         if not is_prunable(w):
             return jnp.ones((), w.dtype)
         kept = jnp.linalg.norm(jnp.ravel(w * m))
-        if not kept > 0:
+        if not isinstance(kept, Tracer) and not kept > 0:
             raise InputError(
                 f"mask {leaf_name(path)}",
                 expected="at least one kept weight that is not zero",
@@ -289,6 +325,13 @@ def energy_gain(params: Params, mask: Mask) -> Gain:
         return (jnp.linalg.norm(jnp.ravel(w)) / kept).astype(w.dtype)
 
     return jax.tree_util.tree_map_with_path(gain, params, mask)
+
+
+GAINS: dict[str, Callable[[Params, Mask], Gain]] = {
+    "energy": energy_gain,
+    "none": lambda params, mask: unit_gain(params),
+}
+"""Gains by name: `(params, mask) -> gain`."""
 
 
 # ---------------------------------------------------------------- statistics

@@ -12,6 +12,7 @@ and Jacot et al., "Neural tangent kernel" (2018).
 `build(config, …)` gives a `Network`; `from_module` does the same for any NNX module of the user's.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 
 from ntk_awt.config import ModelConfig
 from ntk_awt.errors import InputError, choose
-from ntk_awt.types import Key, Network, Params
+from ntk_awt.types import ApplyFn, Key, Network, Params
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -292,7 +293,14 @@ def from_module(module: nnx.Module) -> Network:
             fix="use layers without batch statistics, dropout or counters",
         )
 
+    return Network(_apply_of(graph), nnx.to_pure_dict(state))
+
+
+@functools.lru_cache(maxsize=128)
+def _apply_of(graph: nnx.GraphDef) -> ApplyFn:
+    """The pure function of a module; one for all modules alike, so that they share compilations."""
+
     def apply(params: Params, x: Float[Array, "n ..."]) -> Float[Array, "n c"]:
         return nnx.merge(graph, nnx.State(params))(x)
 
-    return Network(apply, nnx.to_pure_dict(state))
+    return apply

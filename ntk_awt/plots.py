@@ -103,17 +103,113 @@ def search(rows: Rows) -> Figure:
     """Relative kernel and target distance on the held-out batch, against the search step.
 
     Args:
-        rows: of stage "ticket".
+        rows: of stage "ticket", of the networks that were searched for.
     """
-    figure, (ax,) = _figure(1)
-    steps = [row["step"] for row in rows]
-    for key, label in (
-        ("relative_kernel_distance", "kernel: ‖$Θ^d - Θ^s$‖² / ‖$Θ^d$‖²"),
-        ("relative_target_distance", "target: ‖$f^d - f^s$‖² / ‖$f^d$‖²"),
+    figure, axes = _figure(2)
+    names = dict.fromkeys(row["network"] for row in rows)
+    for ax, (key, label) in zip(
+        axes,
+        (
+            ("relative_kernel_distance", "kernel: ‖$Θ^d - Θ^s$‖² / ‖$Θ^d$‖²"),
+            ("relative_target_distance", "target: ‖$f^d - f^s$‖² / ‖$f^d$‖²"),
+        ),
+        strict=True,
     ):
-        ax.plot(steps, [row[key] for row in rows], marker=".", label=label)
-    ax.set(xlabel="search step", ylabel="relative distance (held out)", yscale="log")
-    ax.legend(frameon=False)
+        for name in names:
+            own = [row for row in rows if row["network"] == name]
+            ax.plot([row["step"] for row in own], [row[key] for row in own], marker=".", label=name)
+        ax.set(xlabel="search step", ylabel=f"{label} (held out)", yscale="log")
+        ax.legend(frameon=False)
+    return figure
+
+
+def sweep_accuracy(table: Rows) -> Figure:
+    """Natural and robust test accuracy against density, with standard deviations over seeds.
+
+    Args:
+        table: of `sweep.json`: network, density, natural_accuracy and robust_accuracy with mean
+            and sd.
+    """
+    figure, axes = _figure(2)
+    palette = colors(_networks(table))
+    for ax, part in zip(axes, ("natural", "robust"), strict=True):
+        for network, color in palette.items():
+            own = sorted(
+                (row for row in table if row["network"] == network), key=lambda r: r["density"]
+            )
+            x = [row["density"] for row in own]
+            y, sd = (np.array([row[f"{part}_accuracy"][k] for row in own]) for k in ("mean", "sd"))
+            if network == "dense":
+                ax.axhspan(y[0] - np.nan_to_num(sd[0]), y[0] + np.nan_to_num(sd[0]), alpha=0.15)
+                ax.axhline(y[0], color=color, label=network)
+            else:
+                bars = np.nan_to_num(sd)
+                ax.errorbar(x, y, bars, color=color, marker=".", capsize=2, label=network)
+        ax.set(xlabel="density", ylabel=f"{part} accuracy", xscale="log")
+    axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    return figure
+
+
+def sweep_steps(rows: Rows, key: str) -> Figure:
+    """A quantity of the dynamics against the step, mean over seeds, one plot a density.
+
+    Args:
+        rows: of stage "dynamics", each with its density and seed.
+        key: dynamics_gap or relative_kernel_distance.
+    """
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    figure, axes = _figure(len(densities), height=3.8)
+    palette = colors(_networks(rows))
+    labels = {
+        "dynamics_gap": "‖$f^d_t - f^s_t$‖ / √N  [logits]",
+        "relative_kernel_distance": "‖$Θ^d_t - Θ^s_t$‖² / ‖$Θ^d_t$‖²",
+    }
+    for ax, density in zip(axes, densities, strict=True):
+        for network, color in palette.items():
+            values: dict[int, list[float]] = {}
+            for row in rows:
+                if (row["network"], row["density"]) == (network, density) and network != "dense":
+                    values.setdefault(row["step"], []).append(row[key])
+            if values:
+                means = [np.mean(values[step]) for step in values]
+                ax.plot(list(values), means, color=color, marker=".", label=network)
+        ax.set_title(f"density {density:g}", fontsize=10)
+        ax.set(xlabel="step", ylabel=labels[key], yscale="log")
+    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+    return figure
+
+
+def relations(rows: Rows, pairs: Sequence[tuple[str, str]]) -> Figure:
+    """Pairs of measures of all masks and seeds against each other.
+
+    Args:
+        rows: one a mask and seed, with network, target_density and the measures.
+        pairs: names of the measures to plot against each other.
+    """
+    figure, axes = _figure(len(pairs), height=3.6)
+    sparse = [row for row in rows if row["network"] != "dense"]
+    palette = colors(_networks(sparse))
+    densities = list(dict.fromkeys(row["target_density"] for row in sparse))
+    markers = dict(zip(densities, "osD^vP*X" * len(densities), strict=False))
+    for ax, (first, second) in zip(axes, pairs, strict=True):
+        for network, color in palette.items():
+            for density, marker in markers.items():
+                own = [
+                    row
+                    for row in sparse
+                    if (row["network"], row["target_density"]) == (network, density)
+                ]
+                label = network if density == densities[0] else None
+                ax.scatter(
+                    [row[first] for row in own],
+                    [row[second] for row in own],
+                    color=color,
+                    marker=marker,
+                    s=14,
+                    label=label,
+                )
+        ax.set(xlabel=first.replace("_", " "), ylabel=second.replace("_", " "), xscale="log")
+    axes[0].legend(frameon=False, fontsize=6, ncols=2)
     return figure
 
 

@@ -2,12 +2,13 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from matplotlib.figure import Figure
 
 from ntk_awt import plots
 from ntk_awt.errors import InputError
@@ -31,7 +32,8 @@ def read_results(root: Path) -> dict[str, Any]:
         ) from None
 
 
-def _rows(root: Path, stage: str) -> list[dict[str, Any]]:
+def read_rows(root: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of one stage in a run's `metrics.jsonl`."""
     lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["stage"] == stage]
 
@@ -43,12 +45,12 @@ def draw(root: Path) -> dict[str, str]:
     arrays = {name: np.load(root / "evaluation" / f"{name}.npz") for name in networks}
     figures = {
         "dynamics": (
-            plots.dynamics(_rows(root, "dynamics")),
+            plots.dynamics(read_rows(root, "dynamics")),
             "Distance to the dense network, and drift of the own kernel, on the fixed probe set "
             "of clean images and their fixed perturbed versions.",
         ),
         "training": (
-            plots.training_curves(_rows(root, "train")),
+            plots.training_curves(read_rows(root, "train")),
             "Training loss (under attack, if the loss attacks) and validation accuracy.",
         ),
         "accuracy": (
@@ -61,7 +63,8 @@ def draw(root: Path) -> dict[str, str]:
             "First test images, and the attacked version for each network.",
         ),
     }
-    if search := _rows(root, "ticket"):
+    searched = [row for row in read_rows(root, "ticket") if "relative_kernel_distance" in row]
+    if search := [row for row in searched if row["network"] in networks]:
         figures["search"] = (
             plots.search(search),
             "The ticket search: both distances to the dense network on a held-out batch.",
@@ -142,6 +145,42 @@ def compare(roots: list[Path], path: Path) -> Path:
     plots.save(plots.compare(runs), path.parent, path.stem)
     picture = embedded(path.parent / f"{path.stem}.svg")
     text = render("compare.html", runs=runs, differing=differing, picture=picture)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_sweep(
+    root: Path,
+    figures: Mapping[str, tuple[Figure, str]],
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    found: Mapping[str, Any],
+) -> Path:
+    """Save a sweep's figures and write its self-contained `sweep.html`.
+
+    Args:
+        root: the sweep's folder.
+        figures: figure and caption by file name.
+        headers, rows: of the table, as text.
+        found: the content of `sweep.json`.
+
+    Returns:
+        The page's path.
+    """
+    pictures = []
+    for name, (figure, caption) in figures.items():
+        plots.save(figure, root / "figures", name)
+        pictures.append((name, caption, embedded(root / "figures" / f"{name}.svg")))
+    path = root / "sweep.html"
+    text = render(
+        "sweep.html",
+        name=root.absolute().name,
+        headers=headers,
+        rows=rows,
+        found=found,
+        settings=_flat(found["config"]),
+        figures=pictures,
+    )
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -22,7 +22,7 @@ from ntk_awt.config import TrainConfig
 from ntk_awt.errors import InputError, check_count, check_finite, choose
 from ntk_awt.masks import Ticket, effective
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
+from ntk_awt.types import ApplyFn, Gain, Images, Key, Labels, Logits, Mask, Params
 
 # ---------------------------------------------------------------- losses
 
@@ -184,6 +184,9 @@ Observe: TypeAlias = Callable[[Ticket], Any]
 
 Callback: TypeAlias = Callable[[EpochRecord], None]
 
+Weights: TypeAlias = Callable[[Params, Mask, Gain], Params]
+"""`(params, mask, gain) -> effective weights`, differentiable in the parameters."""
+
 
 def nothing(ticket: Ticket) -> None:
     """Observe nothing."""
@@ -215,6 +218,7 @@ class _Static(NamedTuple):
     config: TrainConfig
     records: int
     epoch_steps: int
+    weights: Weights
 
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config, self.config.epochs * self.epoch_steps)
@@ -242,7 +246,7 @@ def _epoch(
         batch = Batch(images[rows], labels[rows], keys)
 
         def loss(params: Params) -> tuple[jax.Array, Logits]:
-            weights = effective(params, ticket.mask, ticket.gain)
+            weights = static.weights(params, ticket.mask, ticket.gain)
             arguments = (static.apply, weights, batch, static.attack, threat, static.config)
             return LOSSES[static.config.loss](*arguments)
 
@@ -277,14 +281,14 @@ def fit(
     records: int = 1,
     callbacks: Sequence[Callback] = (),
     checkpoints: Path | None = None,
+    weights: Weights = effective,
 ) -> Ticket:
     """Train the sparse (or dense) network f(x; γ⊙m⊙θ) with respect to θ.
 
     Args:
         apply: the dense network's function, `(weights, x[n, *shape]) -> logits[n, c]`.
-        ticket: where to start; a dense network is `Ticket(params, masks.ones(params),
-            masks.unit_gain(params))`. Mask and gain are arguments of the compiled epoch, so all
-            tickets of one `apply` share one compilation.
+        ticket: where to start; a dense network is `masks.dense(params)`. Mask and gain are
+            arguments of the compiled epoch, so all tickets of one `apply` share one compilation.
         images: [n, *shape], inside `threat.bounds` (pixel units); float32, or float64 where x64 is
             enabled, and then the parameters should be as well.
         labels: [n], integers.
@@ -297,6 +301,8 @@ def fit(
         callbacks: called after every epoch with its `EpochRecord`, before the checkpoint.
         checkpoints: folder to save the state in after each epoch, and to resume from; the caller
             sees to it that the settings are the same when resuming.
+        weights: of the network at some parameters; γ⊙m⊙θ if not given. What is trained may be
+            other things than weights, such as scores of a mask.
 
     Returns:
         The trained ticket.
@@ -310,7 +316,7 @@ def fit(
     check_count("records", records, low=1)
     images, labels = check_examples(apply, ticket.params, images, labels, threat)
     epoch_steps = steps_per_epoch(images.shape[0], config, records)
-    static = _Static(apply, attack, observe, config, records, epoch_steps)
+    static = _Static(apply, attack, observe, config, records, epoch_steps, weights)
     # Copies: the epoch donates its state, and the ticket belongs to the caller.
     params = jax.tree.map(jnp.array, ticket.params)
     state = TrainState(jnp.zeros((), jnp.int32), params, static.optimizer().init(params))

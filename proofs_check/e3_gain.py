@@ -90,7 +90,7 @@ def _measure(
     random = in_float32(random_masks([density] * LAYERS))
     for seed in range(seeds):
         params, mask, _ = _draw(shapes, jax.random.fold_in(key, seed), random)
-        dense = Ticket(params, masks.ones(params), masks.unit_gain(params))
+        dense = masks.dense(params)
         without_first = mask | {"dense1": dense.mask["dense1"]}
         tickets = {
             first: Ticket(params, kept, masks.energy_gain(params, kept))

@@ -268,13 +268,13 @@ def ticket_gaps(
     found = tickets.search(
         Network.apply,
         problem,
-        tickets.start(Network.apply, config, ticket),
-        tickets.held_out_target(Network.apply, attack, problem),
+        tickets.start(Network.apply, config, params, ticket, key),
+        tickets.held_out_target(Network.apply, attack, problem, config),
         attack=attack,
         config=config,
         on_record=lambda state, record: None,
-    ).ticket
-    dense = _frozen(Ticket(params, masks.ones(params), masks.unit_gain(params)), x)
+    )
+    dense = _frozen(masks.dense(params), x)
     random = _frozen(ticket, x)
 
     def centred(network: Frozen) -> Frozen:

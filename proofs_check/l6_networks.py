@@ -23,7 +23,6 @@ import scipy.stats
 from ntk_awt import data, evaluation, masks, models, threats, training
 from ntk_awt.attacks import PGD, perturb
 from ntk_awt.config import DataConfig, ModelConfig, TrainConfig
-from ntk_awt.masks import Ticket
 from ntk_awt.threats import L2, StrongL2, Threat
 from ntk_awt.types import Images, Params
 from proofs_check.core import (
@@ -313,7 +312,7 @@ def _trained(context: Context) -> Part:
         key = jax.random.key(1000 * context.seed + seed)
         params = models.build(settings, shape, images.num_classes, key).params
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        ticket = Ticket(params, masks.ones(params), masks.unit_gain(params))
+        ticket = masks.dense(params)
         for name, threat in under.items():
             fitted = training.fit(
                 apply,

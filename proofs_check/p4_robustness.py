@@ -524,13 +524,10 @@ def _near(
 ) -> masks.Ticket:
     """A ticket whose kernel and outputs are near the dense network's on one adversarial batch."""
     attack = PGD(steps=2, random_start=False)
-    target = tickets.target_of(apply, params, x, y, threat=Linf(TRAINED_AT), attack=attack, key=key)
-    solver = tickets.SOLVERS[config.solver](apply, config)
-
-    def step(state: tickets.SolverState, _: None) -> tuple[tickets.SolverState, None]:
-        return solver.update(state, target)[0], None
-
-    return jax.lax.scan(step, solver.init(start), length=config.ticket_steps)[0].ticket
+    target = tickets.target_of(
+        apply, params, x, y, threat=Linf(TRAINED_AT), attack=attack, key=key, config=config
+    )
+    return tickets.solve(apply, params, start, target, key, config)
 
 
 def _train(

@@ -264,7 +264,7 @@ class Trainings:
     def _start(self, name: str, kind: str) -> Ticket:
         params = self.problem(name).network.params
         if kind == "dense":
-            return Ticket(params, masks.ones(params), masks.unit_gain(params))
+            return masks.dense(params)
         if kind == "filled":
             dense, sparse = self.start(name, "dense"), self.start(name, "random")
             return dense._replace(params=masks.effective(*sparse))
@@ -279,25 +279,19 @@ class Trainings:
         return Ticket(kept, mask, masks.energy_gain(params, mask))
 
     def _search(self, name: str) -> Ticket:
-        """A short search on one batch: the solver alone, which spares two compilations."""
+        """A short search on one batch."""
         network, x, y = self.problem(name)
         images, labels = (jnp.asarray(values[: self.n // 2]) for values in (x, y))
         threat, key = make_threat("linf"), self.key(2)
         problem = tickets.Problem(network.params, images, labels, threat, key)
         config = TicketConfig(ticket_steps=30, ticket_learning_rate=1e-2)
-        solver = tickets.SOLVERS[config.solver](network.apply, config)
 
         @partial(jax.jit, compiler_options=QUICKLY)
-        def search(state: tickets.SolverState, problem: tickets.Problem) -> tickets.SolverState:
-            target = tickets.held_out_target(network.apply, ATTACK, problem)
+        def search(start: Ticket, problem: tickets.Problem) -> Ticket:
+            target = tickets.held_out_target(network.apply, ATTACK, problem, config)
+            return tickets.solve(network.apply, problem.params, start, target, key, config)
 
-            def update(state: tickets.SolverState, _: None) -> tuple[tickets.SolverState, None]:
-                return solver.update(state, target)[0], None
-
-            return jax.lax.scan(update, state, length=config.ticket_steps)[0]
-
-        state = tickets.start(network.apply, config, self.start(name, "random"))
-        return search(state, problem).ticket
+        return search(self.start(name, "random"), problem)
 
     def run(self, setting: Setting, kind: str) -> Run:
         """A training by `training.fit` on the network's own adversarial points."""

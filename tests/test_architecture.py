@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dynamics": BASE | {"masks", "attacks", "kernels"},
     "tickets": BASE | {"masks", "attacks", "kernels"},
     "training": BASE | {"masks", "attacks", "checkpoints"},
+    "methods": BASE | {"masks", "attacks", "tickets", "training"},
     "evaluation": BASE | {"attacks"},
 }
 """Part of the package → the parts it may import, and whatever those may import (architecture.md).

@@ -491,7 +491,7 @@ def test_bad_sources_are_one_line_and_leave_nothing(mine, arguments, message, ca
 )
 def test_ticket_file_that_does_not_say_its_model(tmp_path, metadata, message, capsys):
     weights = {"a": np.ones((2, 2), np.float32)}
-    ticket = masks.Ticket(weights, masks.ones(weights), masks.unit_gain(weights))
+    ticket = masks.dense(weights)
     masks.save_ticket(ticket, tmp_path / "mine.safetensors", metadata)
     assert cli.main(["kernel", str(tmp_path / "mine.safetensors")]) == 2
     assert message in capsys.readouterr().err

@@ -484,7 +484,7 @@ def test_any_ticket_survives_a_file(shapes: list[Shape], dtype: str, seed: int):
 
 def test_transposed_weights_survive_a_file(tmp_path: Path):
     params = {"kernel": np.arange(6, dtype=np.float32).reshape(3, 2).T}
-    ticket = Ticket(params, masks.ones(params), masks.unit_gain(params))
+    ticket = masks.dense(params)
     save_ticket(ticket, tmp_path / "ticket")
     loaded = load_ticket(tmp_path / "ticket", params).params["kernel"]
     np.testing.assert_array_equal(loaded, params["kernel"])

@@ -56,7 +56,7 @@ def parameters(seed: int = 0, hidden: int = HIDDEN) -> Any:
 
 
 def dense(params: Any) -> Ticket:
-    return Ticket(params, masks.ones(params), masks.unit_gain(params))
+    return masks.dense(params)
 
 
 def sparse(params: Any, seed: int = 1) -> Ticket:

@@ -5,7 +5,7 @@
 (through neural-tangents, which `kernels.compat` makes work on current JAX).
 """
 
-from ntk_awt.kernels.empirical import empirical
+from ntk_awt.kernels.empirical import empirical, selection
 from ntk_awt.kernels.metrics import (
     centre,
     centred_alignment,
@@ -49,6 +49,7 @@ __all__ = [
     "polar",
     "relative_kernel_distance",
     "relative_target_distance",
+    "selection",
     "specialisation",
     "spectrum",
     "spectrum_mass",

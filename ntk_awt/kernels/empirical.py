@@ -40,6 +40,7 @@ def empirical(
     batch: int | None = None,
     memory: int = BUDGET,
     plan: Plan | None = None,
+    selection: list[Any] | None = None,
 ) -> Float[Array, "n1 n2 *outputs"]:
     """Empirical tangent kernel Θ(x1, x2) of a dense or masked network.
 
@@ -66,6 +67,8 @@ def empirical(
         batch: images a tile; chosen from `memory` if not given. It does not change the values.
         memory: bytes for features and temporary arrays, the kernel itself apart.
         plan: from `kernels.plan`, in place of the last four; print it to see what was chosen.
+        selection: from `kernels.selection` for that plan and this mask, which may then be traced:
+            so a function that is compiled once can take any mask of as many kept weights.
 
     Returns:
         Θ, the dtype of the parameters: [n1, n2, c, c] for "full", [n1, n2, c] for "diagonal",
@@ -103,6 +106,8 @@ def empirical(
         check_same_tree("at", at, params)
         weights = at
     known = None if factor is None else mask
+    if selection is not None and (plan is None or known is None):
+        raise InputError("selection", expected="a plan and a mask with it", got="one of them alone")
     if plan is None:
         plan = planning.make(
             function, weights, x1, x2, mask=known, outputs=outputs, engine=engine, batch=batch,
@@ -110,9 +115,49 @@ def empirical(
         )  # fmt: skip
     else:
         _check_plan(plan, function, weights, x1, x2, factor is not None)
-    return _compute(
-        weights, factor, _selection(plan, function, weights, x1, known), x1, x2, function, plan
-    )
+    if selection is None:
+        selection = _selection(plan, function, weights, x1, known)
+    return _compute(weights, factor, selection, x1, x2, function, plan)
+
+
+def selection(
+    plan: Plan, apply: ApplyFn | Network, params: Params, x: Images, mask: Mask
+) -> list[Any]:
+    """What the plan's forms need of a mask, as arrays that may be arguments of a jitted function.
+
+    Their shapes depend on the number of kept weights of each layer alone, not on which they are.
+
+    Args:
+        plan: from `kernels.plan`, made with a mask of as many kept weights in each layer.
+        apply, params: the network; only shapes are looked at.
+        x: images [n, *shape]; only the shape is looked at.
+        mask: m, booleans that can be read now.
+
+    Returns:
+        A list of arrays, for `empirical(plan=plan, selection=…)`.
+
+    Raises:
+        InputError: a mask that does not fit the parameters or whose values are not known.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from ntk_awt.kernels import plan
+        >>> apply, x = lambda w, x: x @ w, jnp.eye(3)
+        >>> masks = [jnp.array([[True], [False], [False]]), jnp.array([[False], [True], [False]])]
+        >>> chosen = plan(apply, jnp.ones((3, 1)), x, mask=masks[0])
+        >>> @jax.jit
+        ... def kernel(mask, entries):
+        ...     w = jnp.ones((3, 1))
+        ...     return empirical(apply, w, x, mask=mask, plan=chosen, selection=entries)
+        >>> for mask in masks:
+        ...     entries = selection(chosen, apply, jnp.ones((3, 1)), x, mask)
+        ...     print(kernel(mask, entries)[:, :, 0, 0].diagonal())
+        [1. 0. 0.]
+        [0. 1. 0.]
+    """
+    check_same_tree("mask", mask, params)
+    function: Any = getattr(apply, "apply", apply)
+    return _selection(plan, function, params, x, mask, padded=True)
 
 
 def _check_plan(
@@ -136,7 +181,13 @@ def _check_plan(
 
 
 def _selection(
-    plan: Plan, apply: ApplyFn, params: Params, x: Images, mask: Mask | None
+    plan: Plan,
+    apply: ApplyFn,
+    params: Params,
+    x: Images,
+    mask: Mask | None,
+    *,
+    padded: bool = False,
 ) -> list[Any]:
     """What is known of the mask beforehand: rows for each layer, or kept entries of each leaf."""
     masks = planning.known(mask)
@@ -157,7 +208,8 @@ def _selection(
                 fix="make the plan with the mask that it is used with",
             )
         if layer.width and masks is not None:
-            rows.append(forms.pack(planning.matrix(traced, site, masks), layer.width))
+            matrix = planning.matrix(traced, site, masks)
+            rows.append(forms.pack(matrix, layer.width, padded=padded))
         else:
             rows.append(None)
     return rows

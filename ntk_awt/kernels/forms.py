@@ -51,8 +51,14 @@ def row_counts(mask: np.ndarray, width: int) -> np.ndarray:
     return -(-np.count_nonzero(mask, axis=0) // width)
 
 
-def pack(mask: np.ndarray, width: int) -> Rows:
+def pack(mask: np.ndarray, width: int, *, padded: bool = False) -> Rows:
     """Rows of the kept inputs of a boolean mask [inputs, units].
+
+    Args:
+        mask: which inputs each unit keeps.
+        width: of the rows.
+        padded: add empty rows, up to the most that any mask of as many kept entries has, so that
+            the shapes depend on their number alone.
 
     Example:
         >>> rows = pack(np.array([[True, False], [True, True], [True, False]]), 2)
@@ -65,10 +71,14 @@ def pack(mask: np.ndarray, width: int) -> Rows:
     starts = np.concatenate([[0], np.cumsum(np.count_nonzero(mask, axis=0))])
     rank = np.arange(len(inputs)) - starts[units]
     row, column = first[units] + rank // width, rank % width
-    shape = (int(first[-1]), width)
-    found, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    kept, every = len(inputs), mask.shape[1]
+    # Each unit's last row may hold one entry only: most rows with as many such units as there are.
+    most = min(kept, every + max(kept - every, 0) // width) if padded else int(first[-1])
+    found, valid = np.zeros((most, width), np.int32), np.zeros((most, width), bool)
     found[row, column], valid[row, column] = inputs, True
-    return Rows(found, valid, np.repeat(np.arange(mask.shape[1], dtype=np.int32), counts))
+    owners = np.full(most, every - 1, np.int32)  # empty rows at the end keep the order
+    owners[: first[-1]] = np.repeat(np.arange(every, dtype=np.int32), counts)
+    return Rows(found, valid, owners)
 
 
 class Share(NamedTuple):

@@ -1,19 +1,39 @@
 """The adversarial-winning-ticket solver: optimise the kept weights, re-select the mask if asked.
 
 Source of the idea: Shi et al., "Finding dynamics preserving adversarial winning tickets" (2022).
-Source of re-selection (drop the smallest kept weights, grow where the gradient is largest, as many,
-with a share that falls along a cosine): Evci et al., "Rigging the lottery" (2020).
+Source of regrowth (drop the smallest kept weights, grow where the gradient is largest, as many,
+with a share that falls along a cosine): Evci et al., "Rigging the lottery" (2020); of re-selection
+by magnitude with pruned weights at their initial values: Liu & Zenke, "Finding trainable sparse
+networks through Neural Tangent Transfer" (2020).
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ntk_awt.config import TicketConfig
+from ntk_awt.kernels import empirical
 from ntk_awt.masks import Ticket, effective, is_prunable, top_k
-from ntk_awt.tickets.objective import Target, distances, objective
-from ntk_awt.tickets.solver import Solver, SolverState
-from ntk_awt.types import ApplyFn, Mask, Params
+from ntk_awt.tickets.objective import (
+    KernelFn,
+    Target,
+    Terms,
+    objective,
+    objective_gradient,
+    terms,
+)
+from ntk_awt.tickets.solver import Solver, SolverState, kept_counts
+from ntk_awt.types import ApplyFn, Key, Mask, Params
+
+
+class Memory(NamedTuple):
+    """Of the solver `awt`: Adam's state, the factor of λ, pruned weights' values."""
+
+    optimizer: Any
+    balance: jax.Array
+    pruned: Params
 
 
 def reselect(params: Params, mask: Mask, gradient: Params, share: jax.Array) -> tuple[Params, Mask]:
@@ -44,52 +64,67 @@ def reselect(params: Params, mask: Mask, gradient: Params, share: jax.Array) -> 
     return structure.unflatten(new_params), structure.unflatten(new_mask)
 
 
-def awt(apply: ApplyFn, config: TicketConfig) -> Solver:
+def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
     """Adam with a cosine schedule on the kept weights of a fixed or re-selected mask.
 
     Args:
         apply: the dense network's function.
-        config: steps, step size, λ, the distance, the Jacobian, the re-selection.
-
-    Returns:
-        A `Solver` whose `init` takes the starting ticket.
+        config: steps, step size, weights of the objective, the Jacobian, the re-selection.
+        gain: not used: the gain of the start stays, since the weights themselves are optimised.
     """
     schedule = optax.cosine_decay_schedule(config.ticket_learning_rate, config.ticket_steps)
     optimizer = optax.adam(schedule)
 
-    def init(ticket: Ticket) -> SolverState:
-        return SolverState(jnp.zeros((), jnp.int32), ticket, optimizer.init(ticket.params))
+    def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
+        pruned = jax.tree.map(lambda w, m: jnp.where(m, 0, w), params, ticket.mask)
+        memory = Memory(optimizer.init(ticket.params), jnp.zeros(()), pruned)
+        return SolverState(jnp.zeros((), jnp.int32), ticket, memory)
 
-    def update(state: SolverState, target: Target):
+    def update(
+        state: SolverState, target: Target, kernel: KernelFn = empirical
+    ) -> tuple[SolverState, jax.Array]:
         params, mask, gain = state.ticket
+        memory: Memory = state.memory
 
-        def loss(params: Params):
-            values = distances(apply, Ticket(params, mask, gain), target, config.jacobian)
-            return objective(values, config), values
+        def compute(params: Params) -> Terms:
+            return terms(apply, Ticket(params, mask, gain), target, config, kernel=kernel)
 
         # Zero at pruned weights, whatever the Jacobian: they enter through γ⊙m⊙θ only.
-        (value, values), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        params = optax.apply_updates(params, updates)
-        ticket = Ticket(params, mask, gain)
-        if config.reselect_every:
-            due = (state.step + 1) % config.reselect_every == 0
-            ticket = jax.lax.cond(due, lambda t: regrow(t, target, state.step), lambda t: t, ticket)
-            # A dropped weight's momentum would move it on, and come back when it is grown again.
-            optimizer_state = optax.tree_utils.tree_map_params(
-                optimizer, lambda moment, m: moment * m, optimizer_state, ticket.mask
-            )
-        return SolverState(state.step + 1, ticket, optimizer_state), (value, values)
+        value, gradient, balance = objective_gradient(compute, params, memory.balance, config)
+        updates, optimizer_state = optimizer.update(gradient, memory.optimizer, params)
+        ticket = Ticket(optax.apply_updates(params, updates), mask, gain)
+        memory = Memory(optimizer_state, balance, memory.pruned)
+        return SolverState(state.step + 1, ticket, memory), value
 
-    def regrow(ticket: Ticket, target: Target, step: jax.Array) -> Ticket:
-        params, mask, gain = ticket
+    def regrow(state: SolverState, target: Target) -> Ticket:
+        params, mask, gain = state.ticket
 
-        def loss(weights: Params):
-            values = distances(apply, ticket, target, config.jacobian, at=weights)
-            return objective(values, config)
+        def loss(weights: Params) -> jax.Array:
+            found = terms(apply, state.ticket, target, config, at=weights)
+            return objective(found, config, state.memory.balance if config.balance else 1.0)
 
         gradient = jax.grad(loss)(effective(params, mask, gain))
-        share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * step / config.ticket_steps))
+        done = state.step / config.ticket_steps
+        share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * done))
         return Ticket(*reselect(params, mask, gradient, share), gain)
 
-    return Solver(init, update)
+    def largest(state: SolverState) -> tuple[Ticket, Params]:
+        params, mask, gain = state.ticket
+        everything = jax.tree.map(jnp.add, params, state.memory.pruned)
+        mask = top_k(jax.tree.map(jnp.abs, everything), kept_counts(mask))
+        kept = jax.tree.map(lambda w, m: jnp.where(m, w, 0), everything, mask)
+        return Ticket(kept, mask, gain), jax.tree.map(jnp.subtract, everything, kept)
+
+    def refresh(state: SolverState, target: Target) -> SolverState:
+        memory: Memory = state.memory
+        if config.reselect == "regrow":
+            ticket, pruned = regrow(state, target), memory.pruned
+        else:
+            ticket, pruned = largest(state)
+        # A dropped weight's momentum would move it on, and come back when it is grown again.
+        optimizer_state = optax.tree_utils.tree_map_params(
+            optimizer, lambda moment, m: moment * m, memory.optimizer, ticket.mask
+        )
+        return SolverState(state.step, ticket, Memory(optimizer_state, memory.balance, pruned))
+
+    return Solver(init, update, refresh, fixed_mask=True)

@@ -1,62 +1,69 @@
 """The search loop around a solver: jitted chunks of steps, records on a held-out batch."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt import masks
+from ntk_awt import kernels
 from ntk_awt.attacks import Attack
-from ntk_awt.config import MaskConfig, TicketConfig
+from ntk_awt.config import TicketConfig, VariantConfig
 from ntk_awt.errors import InputError, check_finite, choose
-from ntk_awt.masks import Ticket
+from ntk_awt.kernels import Plan, empirical
+from ntk_awt.masks import Ticket, effective
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.awt import awt
-from ntk_awt.tickets.objective import Distances, Target, distances, target_of
+from ntk_awt.tickets.concrete import concrete
+from ntk_awt.tickets.objective import (
+    Distances,
+    KernelFn,
+    Target,
+    distances,
+    objective,
+    target_of,
+    terms,
+)
+from ntk_awt.tickets.saliency import saliency
+from ntk_awt.tickets.scores import awt_joint, awt_scores
 from ntk_awt.tickets.solver import Solver, SolverState
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 
-SOLVERS: dict[str, Callable[[ApplyFn, TicketConfig], Solver]] = {"awt": awt}
-"""Solvers by name: `(apply, config) -> Solver`."""
-
-
-BASELINES: dict[str, Callable[[Key, Params], masks.Scores]] = {
-    "random": masks.random_scores,
-    "magnitude": lambda key, params: masks.magnitude_scores(params),
+SOLVERS: dict[str, Callable[[ApplyFn, TicketConfig, str], Solver]] = {
+    "awt": awt,
+    "awt-scores": awt_scores,
+    "awt-joint": awt_joint,
+    "concrete": concrete,
+    "saliency": saliency,
 }
-"""Masks that need no search, by name: `(key, params) -> scores`."""
+"""Solvers by name: `(apply, config, gain) -> Solver`, the gain a name in `masks.GAINS`."""
 
+PRESETS: dict[str, VariantConfig] = {
+    "ntt": VariantConfig(
+        method="awt",
+        mask={"gain": "none"},
+        ticket={
+            "start": "magnitude",
+            "inputs": "natural",
+            "jacobian": "full",
+            "distance": "absolute",
+            "pairs": "halves",
+            "kernel_weight": 1e-4,
+            "reselect": "magnitude",
+            "reselect_every": 100,
+        },
+    ),
+}
+"""Published searches as settings of ours, by name.
 
-def baseline(name: str, params: Params, config: MaskConfig, key: Key) -> Ticket:
-    """A ticket without search: scores, allocation, selection, gain; pruned weights at zero.
-
-    Args:
-        name: in `BASELINES`.
-        params: the dense network's weights at initialisation.
-        config: density, allocation, gain.
-        key: random key of the scores.
-
-    Returns:
-        A ticket of exactly that density.
-
-    Raises:
-        InputError: unknown name, or what `masks.make` and `masks.energy_gain` raise.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params = {"kernel": jnp.ones((8, 5)), "bias": jnp.zeros(5)}
-        >>> ticket = baseline("random", params, MaskConfig(density=0.1), jax.random.key(0))
-        >>> int(ticket.mask["kernel"].sum()), round(float(ticket.gain["kernel"]), 3)
-        (4, 3.162)
-    """
-    choose("baseline", name, BASELINES)
-    mask = masks.make(BASELINES[name](key, params), config.density, config.allocation)
-    energy = config.gain == "energy"
-    gain = masks.energy_gain(params, mask) if energy else masks.unit_gain(params)
-    return Ticket(jax.tree.map(lambda w, m: w * m, params, mask), mask, gain)
+ntt: Neural Tangent Transfer (Liu & Zenke, 2020): natural inputs, the Jacobian of all weights, the
+kernel between the halves of a batch, re-selection by magnitude with pruned weights at their initial
+values. Its λ = 1e-3 weighs means over the entries of kernel and logits; in units of β² + λα² with
+ten classes that is 1e-4.
+"""
 
 
 class SearchRecord(NamedTuple):
@@ -65,12 +72,31 @@ class SearchRecord(NamedTuple):
     Attributes:
         step: updates done.
         distances: on the fixed held-out batch, after that many updates; NumPy scalars.
-        objective: of each step's own batch since the last record, [steps].
+        objective: mean over the steps since the last record, each on its own batch and before its
+            update; NaN in the first record.
+        held_out: the objective on the held-out batch.
     """
 
     step: int
     distances: Distances
-    objective: np.ndarray
+    objective: float
+    held_out: float
+
+
+class SearchState(NamedTuple):
+    """A search between two records; a pytree of arrays.
+
+    Attributes:
+        solver: the solver's state.
+        best: the network with the lowest held-out objective at a record so far.
+        lowest: that objective; infinite before the first record.
+        waited: records since then, int32.
+    """
+
+    solver: SolverState
+    best: Ticket
+    lowest: jax.Array
+    waited: jax.Array
 
 
 class Problem(NamedTuple):
@@ -90,50 +116,117 @@ class Problem(NamedTuple):
     key: Key
 
 
-@partial(jax.jit, static_argnames=("apply", "attack", "config", "steps"), donate_argnames="state")
+def _target(
+    problem: Problem, state: SolverState, apply: ApplyFn, attack: Attack, config: TicketConfig
+) -> Target:
+    """The batch of the state's step, attacked."""
+    params, x, y, threat, key = problem
+    batch_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step))
+    rows = jax.random.randint(batch_key, (config.ticket_batch_size,), 0, x.shape[0])
+    return target_of(
+        apply,
+        params,
+        x[rows],
+        y[rows],
+        threat=threat,
+        attack=attack,
+        key=attack_key,
+        config=config,
+        ticket=state.ticket,
+    )
+
+
+class _Static(NamedTuple):
+    """Everything of a search that jit compiles in; `plan` where the mask is fixed and known."""
+
+    apply: ApplyFn
+    attack: Attack
+    config: TicketConfig
+    gain: str
+    plan: Plan | None
+
+    def solver(self) -> Solver:
+        return SOLVERS[self.config.solver](self.apply, self.config, self.gain)
+
+    def kernel(self, selection: Any) -> KernelFn:
+        if self.plan is None:
+            return empirical
+        return partial(empirical, plan=self.plan, selection=selection)
+
+
+@partial(jax.jit, static_argnames="static", donate_argnames="state")
 def _chunk(
-    state: SolverState,
-    problem: Problem,
-    *,
-    apply: ApplyFn,
-    attack: Attack,
-    config: TicketConfig,
-    steps: int,
+    state: SolverState, problem: Problem, selection: Any, end: jax.Array, static: _Static
 ) -> tuple[SolverState, jax.Array]:
-    solver = SOLVERS[config.solver](apply, config)
+    """Steps up to `end`; the sum of their objectives, infinite if one is not finite."""
+    solver = static.solver()
+
+    def step(carry: tuple[SolverState, jax.Array]) -> tuple[SolverState, jax.Array]:
+        state, total = carry
+        target = _target(problem, state, static.apply, static.attack, static.config)
+        state, value = solver.update(state, target, static.kernel(selection))
+        return state, total + jnp.where(jnp.isfinite(value), value, jnp.inf)
+
+    start = (state, jnp.zeros(()))
+    return jax.lax.while_loop(lambda carry: carry[0].step < end, step, start)
+
+
+@partial(jax.jit, static_argnames="static", donate_argnames="state")
+def _refresh(state: SolverState, problem: Problem, static: _Static) -> SolverState:
+    refresh = static.solver().refresh
+    assert refresh is not None
+    return refresh(state, _target(problem, state, static.apply, static.attack, static.config))
+
+
+@partial(jax.jit, static_argnames=("apply", "attack", "config"))
+def held_out_target(
+    apply: ApplyFn, attack: Attack, problem: Problem, config: TicketConfig
+) -> Target:
+    """The dense network's logits and kernel at the images of `problem`, all of them.
+
+    Where the search attacks the sparse network as well, these images are still attacked against
+    the dense one, so that all records are about the same inputs.
+    """
     params, x, y, threat, key = problem
-
-    def step(state: SolverState, _: None) -> tuple[SolverState, jax.Array]:
-        batch_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step))
-        rows = jax.random.randint(batch_key, (config.ticket_batch_size,), 0, x.shape[0])
-        target = target_of(
-            apply, params, x[rows], y[rows], threat=threat, attack=attack, key=attack_key
-        )
-        state, values = solver.update(state, target)
-        return state, values[0]
-
-    return jax.lax.scan(step, state, length=steps)
+    inputs = "natural" if config.inputs == "natural" else "dense"
+    fixed = dataclasses.replace(config, inputs=inputs)
+    return target_of(apply, params, x, y, threat=threat, attack=attack, key=key, config=fixed)
 
 
-@partial(jax.jit, static_argnames=("apply", "attack"))
-def held_out_target(apply: ApplyFn, attack: Attack, problem: Problem) -> Target:
-    """The dense network's logits and kernel at the attacked images of `problem` (all of them)."""
-    params, x, y, threat, key = problem
-    return target_of(apply, params, x, y, threat=threat, attack=attack, key=key)
+@partial(jax.jit, static_argnames=("apply", "config"))
+def _measure(
+    apply: ApplyFn, ticket: Ticket, target: Target, config: TicketConfig
+) -> tuple[Distances, jax.Array]:
+    values = objective(terms(apply, ticket, target, config), config)
+    return distances(apply, ticket, target, config), values
 
 
-_distances = jax.jit(distances, static_argnames=("apply", "jacobian"))
+def start(
+    apply: ApplyFn,
+    config: TicketConfig,
+    params: Params,
+    ticket: Ticket,
+    key: Key,
+    gain: str = "energy",
+) -> SearchState:
+    """The state before the first step.
 
-
-def start(apply: ApplyFn, config: TicketConfig, ticket: Ticket) -> SolverState:
-    """The solver's state before the first step.
+    Args:
+        apply, params: the dense network.
+        config: which solver.
+        ticket: the sparse network to start from; its number of kept weights is that of the result.
+        key: random key of the solver's own draws.
+        gain: a name in `masks.GAINS`.
 
     Raises:
         InputError: unknown solver.
     """
     choose("solver", config.solver, SOLVERS)
-    copy = jax.tree.map(jnp.array, ticket)  # the search donates its state
-    return SOLVERS[config.solver](apply, config).init(copy)
+    # Copies: the search donates its state, and the caller keeps what it gave.
+    params, first, best = (jax.tree.map(jnp.array, tree) for tree in (params, ticket, ticket))
+    solver = SOLVERS[config.solver](apply, config, gain)
+    state = jax.tree.map(jnp.array, solver.init(params, first, key))
+    return SearchState(state, best, jnp.array(jnp.inf), jnp.zeros((), jnp.int32))
 
 
 def record_steps(config: TicketConfig) -> list[int]:
@@ -145,16 +238,24 @@ def record_steps(config: TicketConfig) -> list[int]:
     return sorted({round(point) for point in points})
 
 
+def _refresh_steps(config: TicketConfig, solver: Solver) -> list[int]:
+    """Step counts after which the mask is selected anew; not after the last step."""
+    if solver.refresh is None or config.reselect_every == 0:
+        return []
+    return list(range(config.reselect_every, config.ticket_steps, config.reselect_every))
+
+
 def search(
     apply: ApplyFn,
     problem: Problem,
-    state: SolverState,
+    state: SearchState,
     held_out: Target,
     *,
     attack: Attack,
     config: TicketConfig,
-    on_record: Callable[[SolverState, SearchRecord], None],
-) -> SolverState:
+    on_record: Callable[[SearchState, SearchRecord], None],
+    gain: str = "energy",
+) -> Ticket:
     """Run the solver to its last step, recording both distances on a held-out batch.
 
     A search continues from any state: batches and attacks depend on the key and the step only, so
@@ -165,13 +266,15 @@ def search(
         problem: dense parameters, images, labels, threat model, key.
         state: from `start`, or a saved state.
         held_out: the dense network on images that the search does not see.
-        attack: on the dense network.
+        attack: on the network that `config.inputs` names.
         config: solver and its settings.
         on_record: called with the state and the record, at each of `record_steps` that is later
             than the state's step, and at step 0.
+        gain: a name in `masks.GAINS`, the one that `start` had.
 
     Returns:
-        The final state; `state.ticket` is the result.
+        The sparse network after the last step, or with `config.patience` the one with the lowest
+        objective on the held-out batch.
 
     Raises:
         InputError: fewer images than a batch, or an objective that is no longer finite.
@@ -182,19 +285,89 @@ def search(
             expected=f"at most the number of images, {problem.x.shape[0]}",
             got=str(config.ticket_batch_size),
         )
+    solver = SOLVERS[config.solver](apply, config, gain)
+    static = _Static(apply, attack, config, gain, None)
+    if solver.fixed_mask and config.jacobian == "masked" and config.estimator == "exact":
+        static = static._replace(plan=_plan(apply, problem, state.solver.ticket, config))
+    best, lowest, waited = state.best, float(state.lowest), int(state.waited)
+    inner = state.solver
 
-    def record(objective: np.ndarray) -> None:
-        values = _distances(apply, state.ticket, held_out, config.jacobian)
-        on_record(state, SearchRecord(int(state.step), jax.device_get(values), objective))
+    def record(objective: float) -> None:
+        nonlocal best, lowest, waited
+        values, value = jax.device_get(_measure(apply, inner.ticket, held_out, config))
+        complete = _kept(inner.ticket) <= _kept(state.best)  # saliency starts with more
+        waited += 1
+        if value < lowest and complete:
+            best, lowest, waited = jax.tree.map(jnp.array, inner.ticket), float(value), 0
+        saved = SearchState(inner, best, jnp.array(lowest), jnp.array(waited, jnp.int32))
+        on_record(saved, SearchRecord(int(inner.step), values, objective, float(value)))
 
-    if int(state.step) == 0:
-        record(np.zeros(0))
-    for end in record_steps(config):
-        if (steps := end - int(state.step)) <= 0:
+    def select() -> Any:
+        if static.plan is None:
+            return []
+        weights, ticket = effective(*inner.ticket), inner.ticket
+        return kernels.selection(static.plan, apply, weights, problem.x[:1], ticket.mask)
+
+    if int(inner.step) == 0:
+        record(float("nan"))
+    records, refreshes = record_steps(config), _refresh_steps(config, solver)
+    selection, total, steps = select(), 0.0, 0
+    for end in sorted({*records, *refreshes}):
+        if (ahead := end - int(inner.step)) <= 0:
             continue
-        state, objective = _chunk(
-            state, problem, apply=apply, attack=attack, config=config, steps=steps
-        )
-        check_finite(f"objective of the search before step {end}", objective)
-        record(np.asarray(objective))
-    return state
+        if config.patience and waited >= config.patience:
+            break
+        inner, value = _chunk(inner, problem, selection, jnp.array(end), static)
+        check_finite(f"objective of the search before step {end}", value)
+        total, steps = total + float(value), steps + ahead
+        if end in refreshes:
+            inner = _refresh(inner, problem, static)
+            selection = select()
+        if end in records:
+            record(total / steps)
+            total, steps = 0.0, 0
+    return best if config.patience else inner.ticket
+
+
+def _kept(ticket: Ticket) -> int:
+    return sum(int(m.sum()) for m in jax.tree.leaves(ticket.mask))
+
+
+def _plan(apply: ApplyFn, problem: Problem, ticket: Ticket, config: TicketConfig) -> Plan:
+    """How the kernel of a fixed mask is computed, chosen once for the whole search."""
+    n = config.ticket_batch_size
+    images = jax.eval_shape(lambda x: x[:n], problem.x)
+    half = jax.eval_shape(lambda x: x[: n // 2], problem.x)
+    sides = (images, None) if config.pairs == "all" else (half, half)
+    return kernels.plan(apply, effective(*ticket), *sides, mask=ticket.mask)
+
+
+@partial(jax.jit, static_argnames=("apply", "config", "gain"))
+def solve(
+    apply: ApplyFn,
+    params: Params,
+    ticket: Ticket,
+    target: Target,
+    key: Key,
+    config: TicketConfig,
+    gain: str = "energy",
+) -> Ticket:
+    """All steps of a solver on one fixed target, without records: for small problems.
+
+    Args:
+        apply, params: the dense network.
+        ticket: the sparse network to start from.
+        target: what to match.
+        key: random key of the solver's own draws.
+        config, gain: see `search`; masks are not refreshed.
+
+    Returns:
+        The sparse network after `config.ticket_steps` steps; traceable.
+    """
+    solver = SOLVERS[config.solver](apply, config, gain)
+
+    def step(state: SolverState, _: None) -> tuple[SolverState, None]:
+        return solver.update(state, target)[0], None
+
+    state = solver.init(params, ticket, key)
+    return jax.lax.scan(step, state, length=config.ticket_steps)[0].ticket

@@ -1,12 +1,17 @@
 """The contract of a ticket solver, in the manner of Optax: `init` and `update`, both pure."""
 
+import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from ntk_awt.masks import Ticket
-from ntk_awt.tickets.objective import Distances, Target
+from ntk_awt.kernels import empirical
+from ntk_awt.masks import GAINS, Ticket, is_prunable, top_k
+from ntk_awt.tickets.objective import KernelFn, Target
+from ntk_awt.types import Gain, Key, Mask, Params
 
 
 class SolverState(NamedTuple):
@@ -14,24 +19,102 @@ class SolverState(NamedTuple):
 
     Attributes:
         step: updates done, int32.
-        ticket: the current sparse network.
-        optimizer: whatever the solver carries along.
+        ticket: the current sparse network, pruned weights at zero.
+        memory: whatever the solver carries along.
     """
 
     step: jax.Array
     ticket: Ticket
-    optimizer: Any
+    memory: Any
 
 
-class Solver(NamedTuple):
-    """A ticket solver.
+class Update(Protocol):
+    """One step of a solver."""
+
+    def __call__(
+        self, state: SolverState, target: Target, kernel: KernelFn = empirical
+    ) -> tuple[SolverState, jax.Array]:
+        """The next state, and the objective before the update.
+
+        Args:
+            state: the state.
+            target: what to match in this step.
+            kernel: computes the kernel of `state.ticket`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A ticket solver; all its functions are traceable.
 
     Attributes:
-        init: `(ticket) -> state`, from the sparse network to start from.
-        update: `(state, target) -> (state, (objective, distances))`, traceable; keeps the number
-            of kept entries of every leaf and pruned weights at zero. The values are those before
-            the update.
+        init: `(params, ticket, key) -> state`, from the dense network's weights, the sparse network
+            to start from and a random key.
+        update: see `Update`. The last of the steps that the config sets leaves a network with as
+            many kept weights as that one had.
+        refresh: `(state, target) -> state`, which selects another mask with the same number of kept
+            weights in each layer; called every `reselect_every` steps. None if the solver has none.
+        fixed_mask: whether `update` leaves the mask as it is: kernels may then rely on its zeros.
     """
 
-    init: Callable[[Ticket], SolverState]
-    update: Callable[[SolverState, Target], tuple[SolverState, tuple[jax.Array, Distances]]]
+    init: Callable[[Params, Ticket, Key], SolverState]
+    update: Update
+    refresh: Callable[[SolverState, Target], SolverState] | None = None
+    fixed_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How scores become a mask.
+
+    Attributes:
+        learned: whether the scores of all layers compete for the weights that are kept; else each
+            layer keeps its number.
+    """
+
+    learned: bool
+
+    def __call__(self, scores: Any, counts: Any) -> Mask:
+        """The mask of the highest scores, exact in number; every layer keeps at least one weight.
+
+        Args:
+            scores: the structure and shapes of the parameters.
+            counts: kept entries of each leaf (traced integers); only their sum matters if learned.
+        """
+        if not self.learned:
+            return top_k(scores, counts)
+        leaves, structure = jax.tree.flatten(scores)
+        prunable = [is_prunable(s) for s in leaves]
+        flat = [
+            # The highest score of each layer always wins: an empty layer cuts the network.
+            jnp.ravel(s).at[jnp.argmax(s)].set(jnp.inf)
+            for s, p in zip(leaves, prunable, strict=True)
+            if p
+        ]
+        total = sum(c for c, p in zip(jax.tree.leaves(counts), prunable, strict=True) if p)
+        chosen = top_k(jnp.concatenate(flat), total)
+        edges = list(itertools.accumulate(part.size for part in flat))
+        parts = iter(jnp.split(chosen, edges[:-1]))
+        found = [
+            next(parts).reshape(s.shape) if p else jnp.ones(s.shape, bool)
+            for s, p in zip(leaves, prunable, strict=True)
+        ]
+        return structure.unflatten(found)
+
+
+def kept_counts(mask: Mask) -> Any:
+    """Kept entries of each leaf, int32."""
+    return jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), mask)
+
+
+def regain(gain: str, weights: Params, mask: Mask, before: Gain) -> Gain:
+    """The gain of another mask of the same weights, held fixed in gradients.
+
+    Args:
+        gain: a name in `masks.GAINS`.
+        weights, mask: the weights and the new mask.
+        before: what the gain was; only its dtypes matter.
+    """
+    found = jax.lax.stop_gradient(GAINS[gain](weights, mask))
+    return jax.tree.map(lambda g, b: g.astype(b.dtype), found, before)
