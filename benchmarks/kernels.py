@@ -66,13 +66,14 @@ def peers(net: Network, x: jax.Array, ticket: Ticket | None = None) -> dict[str,
     apply = masks.masked(net.apply, ticket.mask, ticket.gain) if ticket else net.apply
 
     def call(name: str) -> Call:
-        run = jax.jit(_nt(apply, compat.NtkImplementation[name]))
+        run = jax.jit(neural_tangents(apply, compat.NtkImplementation[name]))
         return lambda: run(x, None, net.params)
 
     return {name: call(name) for name in PEERS}
 
 
-def _nt(apply: Any, implementation: Any) -> Any:
+def neural_tangents(apply: Any, implementation: Any) -> Any:
+    """The peer's kernel of a network with all pairs of outputs, not jitted."""
     from ntk_awt.kernels import compat
 
     return compat.empirical_ntk_fn(apply, trace_axes=(), vmap_axes=0, implementation=implementation)
@@ -144,7 +145,9 @@ def gradients(repeats: int) -> Iterator[dict[str, Any]]:
         return lambda params, x: kernels.empirical(net.apply, params, x, **options)
 
     def theirs(implementation: Any) -> Any:
-        return lambda apply, mask: lambda params, x: _nt(apply, implementation)(x, None, params)
+        return lambda apply, mask: (
+            lambda params, x: neural_tangents(apply, implementation)(x, None, params)
+        )
 
     from ntk_awt.kernels import compat
 

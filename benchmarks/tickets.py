@@ -26,7 +26,7 @@ from ntk_awt.methods import resolve
 from ntk_awt.threats import Linf
 from ntk_awt.types import Network, Params
 
-from .kernels import PEERS, images, network
+from .kernels import PEERS, images, network, neural_tangents
 from .timing import compare, once
 
 STEPS = 20
@@ -44,13 +44,7 @@ def _peer_kernel(net: Network, implementation: str) -> Any:
             f = masks.masked(net.apply, masked["mask"], masked["gain"])
         elif masked:
             at = masked["at"]
-        run = compat.empirical_ntk_fn(
-            f,
-            trace_axes=(),
-            vmap_axes=0,
-            implementation=compat.NtkImplementation[implementation],
-        )
-        return run(x1, x2, at)
+        return neural_tangents(f, compat.NtkImplementation[implementation])(x1, x2, at)
 
     return kernel
 
@@ -109,11 +103,10 @@ def _row(what: str, config: TicketConfig, mask: MaskConfig, repeats: int) -> dic
 
     def run() -> Any:
         """`STEPS` steps of the search as users run it, between two records."""
-        times: list[float] = []
         start = tickets.start(net.apply, search, net.params, first, jax.random.key(5), mask.gain)
         return tickets.search(
             net.apply, problem, start, target, attack=attack, config=search,
-            on_record=lambda state, record: times.append(record.objective), gain=mask.gain,
+            on_record=lambda state, record: None, gain=mask.gain,
         ).params  # fmt: skip
 
     return compare(

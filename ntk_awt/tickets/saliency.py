@@ -100,9 +100,7 @@ def saliency(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         key = jax.random.fold_in(jax.random.wrap_key_data(memory.key), state.step)
 
         def compute(mask: Any) -> Any:
-            # What is left is scaled up when an entry goes: part of what the removal does.
-            scaled = Ticket(params, mask, gains)
-            return residuals(apply, scaled, target, config, kernel=kernel)
+            return residuals(apply, Ticket(params, mask, gains), target, config, kernel=kernel)
 
         real = jax.tree.map(lambda m, w: m.astype(w.dtype), mask, params)
         value, rise = removal(compute, real, key)
