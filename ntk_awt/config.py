@@ -192,7 +192,9 @@ class TicketConfig:
         check_number("reselect_every", self.reselect_every, low=0)
         check_number("reselect_fraction", self.reselect_fraction, low=0, high=1, low_open=True)
         check_number("temperature", self.temperature, low=0, low_open=True)
-        check_number("rounds", self.rounds, low=1, high=self.ticket_steps)
+        check_number("rounds", self.rounds, low=1)
+        if self.solver == "saliency":
+            check_number("rounds", self.rounds, low=1, high=self.ticket_steps)
         check_number("ticket_records", self.ticket_records, low=1)
         check_number("patience", self.patience, low=0)
         choose("matching", self.matching, ("distances", "kl"))

@@ -24,6 +24,7 @@ from ntk_awt.config import (
     ModelConfig,
     RunConfig,
     ThreatConfig,
+    VariantConfig,
     digest,
     from_dict,
     identity,
@@ -40,13 +41,20 @@ CHOICES = {
     "gain": ["energy", "none"],
     "distance": ["relative", "absolute"],
     "jacobian": ["masked", "full"],
+    "matching": ["distances", "kl"],
+    "pairs": ["all", "halves"],
+    "estimator": ["exact", "probes"],
+    "inputs": ["dense", "sparse", "both", "natural"],
+    "reselect": ["regrow", "magnitude"],
 }
 """Settings with a fixed list of values."""
 
-RANGES = {"seed": (0, 2**32 - 1)}
+RANGES = {"seed": (0, 2**32 - 1), "ticket_batch_size": (2, 2**63)}
 """Integer settings that may not be every number from 1 on."""
 
-NOT_HASHED = {"networks", "data.data_dir"}
+NOT_HASHED = {"networks", "variants", "data.data_dir"}
+
+VARIANT = VariantConfig("awt", mask={"density": 0.5}, ticket={"solver": "concrete"})
 
 
 def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,8 +94,11 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy:
         return st.none() | values_of(name, typing.get_args(kind)[0])
     if kind == tuple[int, ...]:
         return st.lists(st.integers(1, 4096), max_size=4).map(tuple)
+    if last == "variants":
+        return st.dictionaries(text, st.builds(lambda name: VariantConfig(name), text), max_size=2)
     low, high = RANGES.get(last, (1, 2**63))
     return {
+        bool: st.booleans(),
         int: st.integers(low, high),
         float: st.floats(1e-12, 0.9, exclude_min=True),
         str: text,
@@ -98,6 +109,7 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy:
 @st.composite
 def run_configs(draw: st.DrawFn) -> RunConfig:
     values = {name: draw(values_of(name, kind)) for name, kind in SETTINGS.items()}
+    values["ticket.balance"] &= values["ticket.matching"] == "distances"  # nothing else to balance
 
     def make(cls: type, prefix: str) -> Any:
         return cls(
@@ -147,6 +159,16 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ("ticket.reselect_every", -1, "[0, ∞)"),
         ("ticket.reselect_fraction", 0.0, "(0, 1]"),
         ("ticket.ticket_records", 0, "[1, ∞)"),
+        ("ticket.score_learning_rate", 0.0, "(0, ∞)"),
+        ("ticket.target_weight", -1.0, "[0, ∞)"),
+        ("ticket.temperature", 0.0, "(0, ∞)"),
+        ("ticket.rounds", 0, "[1, ∞)"),
+        ("ticket.patience", -1, "[0, ∞)"),
+        ("ticket.matching", "KL", "one of distances, kl"),
+        ("ticket.pairs", "half", "one of all, halves"),
+        ("ticket.estimator", "probe", "one of exact, probes"),
+        ("ticket.inputs", "clean", "one of both, dense, natural, sparse"),
+        ("ticket.reselect", "magnitud", "one of magnitude, regrow"),
         ("ticket.distance", "abs", "one of absolute, relative"),
         ("ticket.jacobian", "dense", "one of full, masked"),
         ("train.epochs", 0, "[1, ∞)"),
@@ -164,6 +186,23 @@ def test_value_out_of_range(name: str, bad: Any, expected: str):
     with pytest.raises(InputError, match=re.escape(expected)) as caught:
         replace(RunConfig(), name, bad)
     assert name.rpartition(".")[2] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"kernel_weight": 0.0, "target_weight": 0.0}, "target_weight: expected one above 0"),
+        ({"pairs": "halves", "ticket_batch_size": 1}, "ticket_batch_size: expected at least 2"),
+        ({"solver": "saliency", "matching": "kl"}, "solver saliency: expected matching distances"),
+        ({"solver": "saliency", "estimator": "probes"}, "got distances, probes, balance False"),
+        ({"solver": "saliency", "rounds": 10, "ticket_steps": 6}, r"rounds: expected .*\[1, 6\]"),
+        ({"balance": True, "matching": "kl"}, "balance: expected two distances"),
+        ({"balance": True, "kernel_weight": 0.0}, r"weights 1 \(target\) and 0 \(kernel\)"),
+    ],
+)
+def test_settings_of_a_search_must_agree(values: dict[str, Any], expected: str):
+    with pytest.raises(InputError, match=expected):
+        from_dict({"ticket": values})
 
 
 @pytest.mark.parametrize("name", [n for n, kind in SETTINGS.items() if kind in (int, float)])
@@ -219,7 +258,10 @@ def test_defaults_and_whole_numbers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trian": {}}, r"setting in config: expected one of .*train, got 'trian'.* 'train'\?"),
+        (
+            {"trian": {}},
+            r"setting in config: expected one of .*train.*, got 'trian'; did you mean 'train'\?",
+        ),
         (
             {"train": {"epoch": 3}},
             r"setting in config.train: expected one of batch_size, .*epochs.*got 'epoch'; "
@@ -240,6 +282,9 @@ def test_defaults_and_whole_numbers():
         ({"networks": "dense"}, r"config.networks: .* tuple, got 'dense'"),
         ({"networks": ["dense", 1]}, r"config.networks: .* str, got 1"),
         ({"model": 3}, r"config.model: expected a table of settings, got 3"),
+        ({"variants": {"a": {}}}, r"config.variants.a: expected the setting method, got none"),
+        ({"variants": {"a": {"methd": "awt"}}}, r"setting in config.variants.a: .* 'method'\?"),
+        ({"variants": {"a": {"method": "awt", "mask": 3}}}, r"config.variants.a.mask: .* dict"),
         ({"model": [{"name": "mlp"}]}, r"config.model: expected a table of settings"),
         ({"mask": {"density": 2.0}}, r"density: expected a number in \(0, 1\], got 2.0"),
     ],
@@ -297,7 +342,10 @@ def another(name: str, value: Any, kind: Any) -> Any:
         return 7
     if typing.get_origin(kind) is tuple:
         return (*value, typing.get_args(kind)[0](17))
+    if last == "variants":
+        return {"mine": VARIANT}
     changes = {
+        bool: lambda: not value,
         int: lambda: value - 1 if value > 1 else value + 1,
         float: lambda: 0.5 * value if value else 0.25,
         str: lambda: value + "x",
@@ -317,7 +365,15 @@ def test_digest_depends_on_what_decides_the_numbers(name: str):
 def test_a_later_setting_at_its_default_keeps_the_digest():
     """Runs of before it was there are found again, and are runs with the default."""
     config = RunConfig(seed=3)
-    earlier = {k: v for k, v in identity(config).items() if k != "train.criterion"}
+    later = {
+        f"{stage.name}.{f.name}"
+        for stage in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(getattr(config, stage.name))
+        for f in dataclasses.fields(getattr(config, stage.name))
+        if f.metadata.get("hash") == "unless default"
+    }
+    assert {"train.criterion", "ticket.matching"} < later
+    earlier = {k: v for k, v in identity(config).items() if k not in later}
     text = json.dumps(earlier, sort_keys=True)
     assert digest(config) == hashlib.sha256(text.encode()).hexdigest()[:8]
     assert identity(from_dict({"seed": 3, "train": {"loss": "adversarial"}})) == identity(config)
