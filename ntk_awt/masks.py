@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.core import Tracer
 
 from ntk_awt.errors import (
     InputError,
@@ -295,6 +294,13 @@ def unit_gain(params: Params) -> Gain:
     return jax.tree.map(lambda w: jnp.ones((), jnp.result_type(w)), params)
 
 
+def _is_zero(norm: jax.Array) -> bool:
+    try:
+        return not norm > 0
+    except jax.errors.TracerBoolConversionError:  # under jit nobody knows yet
+        return False
+
+
 def energy_gain(params: Params, mask: Mask) -> Gain:
     """Energy-preserving gain γ_l = ‖w_l‖ / ‖m_l⊙w_l‖ of prunable leaves, 1 elsewhere (theory §0).
 
@@ -315,7 +321,7 @@ def energy_gain(params: Params, mask: Mask) -> Gain:
         if not is_prunable(w):
             return jnp.ones((), w.dtype)
         kept = jnp.linalg.norm(jnp.ravel(w * m))
-        if not isinstance(kept, Tracer) and not kept > 0:
+        if _is_zero(kept):
             raise InputError(
                 f"mask {leaf_name(path)}",
                 expected="at least one kept weight that is not zero",

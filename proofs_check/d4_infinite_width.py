@@ -186,7 +186,7 @@ def draw(setting: Setting, shapes: Params, rng: np.random.Generator, seeds: int)
     return Ticket(params, kept, jax.tree.map(gain, params, kept))
 
 
-@partial(jax.jit, static_argnames="apply")
+@partial(jax.jit, static_argnames=("apply", "steps"))
 def train(
     tickets: Ticket,
     x: Images,
@@ -195,14 +195,15 @@ def train(
     threat: Threat,
     keys: Key,
     apply: ApplyFn,
+    steps: int,
 ) -> jax.Array:
     """f_t(Z) − f_0(Z) of each network at the start and after each phase, [seeds, K + 1, m, c].
 
     Gradient flow of the centred network on the mean of ½‖f − y‖², by Runge and Kutta's method of
-    fourth order, on points that PGD finds at the start of each phase.
+    fourth order, `steps` of them a phase, on points that PGD finds at its start.
     """
 
-    h = PHASE_TIME / RUNGE_KUTTA
+    h = PHASE_TIME / steps
 
     def one(ticket: Ticket) -> jax.Array:
         f = masks.masked(apply, ticket.mask, ticket.gain)
@@ -227,7 +228,7 @@ def train(
                 start = (jax.tree.map(jnp.zeros_like, params), params)
                 return jax.lax.scan(stage, start, shares.astype(x.dtype))[0][1], None
 
-            params, _ = jax.lax.scan(step, params, length=RUNGE_KUTTA)
+            params, _ = jax.lax.scan(step, params, length=steps)
             return params, centred(params, z)
 
         _, outputs = jax.lax.scan(phase, ticket.params, length=PHASES)
@@ -258,7 +259,8 @@ def finite(
 
     tickets = draw(setting, jax.eval_shape(make), rng, seeds)
     keys = jax.random.split(jax.random.key(0), len(p.x))
-    return np.asarray(train(*single((tickets, *p)), setting.threat, keys, kept[0]), np.float64)
+    arrays = single((tickets, *p))
+    return np.asarray(train(*arrays, setting.threat, keys, kept[0], RUNGE_KUTTA), np.float64)
 
 
 # ---------------------------------------------------------------- the check

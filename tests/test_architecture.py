@@ -42,13 +42,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Part of the package → the parts it may import, and whatever those may import (architecture.md).
 
 A folder is one part, whose files may import each other. `plots` and `report` may import nothing
-that computes; `experiment` may import every part above it, and only `inspection` and `cli` may
-import `experiment`.
+that computes; `experiment` may import every part above it, and only `inspection`, `sweep` and `cli`
+may import `experiment`.
 """
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ntk_awt"}
 MAY_IMPORT["inspection"] = {"experiment"}
 MAY_IMPORT["linear_study"] = {"linear", "plots", "data"}
-MAY_IMPORT["cli"] = {"experiment", "inspection", "linear_study"}
+MAY_IMPORT["sweep"] = {"experiment"}
+MAY_IMPORT["cli"] = {"experiment", "inspection", "linear_study", "sweep"}
 
 INTERNALS = (
     "jax._src",
