@@ -108,6 +108,7 @@ def test_results_have_the_promised_fields(finished):
     assert {"jax", "flax", "python", "device"} <= set(results["versions"])
     assert set(results["seconds"]) == {
         "ticket.ticket",
+        "ticket.random",
         *(f"{stage}.{name}" for stage in ("train", "evaluate") for name in NAMES),
     }
 
