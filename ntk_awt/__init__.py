@@ -11,6 +11,7 @@ from ntk_awt._version import __version__
 _MODULES = (
     "attacks",
     "config",
+    "convolution",
     "data",
     "dynamics",
     "errors",

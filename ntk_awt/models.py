@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ntk_awt.config import ModelConfig
+from ntk_awt.convolution import convolve
 from ntk_awt.errors import InputError, choose
 from ntk_awt.types import ApplyFn, Key, Network, Params
 
@@ -88,9 +89,7 @@ class Conv(Affine):
 
     def linear(self, x: Array, kernel: Array) -> Array:
         """The convolution without scale and bias."""
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return convolve(x, kernel, self.padding)
 
 
 def _windows(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 2 w2 2 c"]:

@@ -103,6 +103,21 @@ class Program:
 _CALLS = ("jit", "closed_call", "remat2")  # remat2: jax.checkpoint
 
 
+def _body(eqn: Any) -> Any:
+    """The jaxpr of a call whose steps are written out in place, or None.
+
+    Of calls with a derivative rule of their own only a convolution (`convolution.convolve`) is: it
+    has the derivative of its body. Others may not, as ReLU at 0.
+    """
+    if eqn.primitive.name in _CALLS:
+        return eqn.params.get("jaxpr")
+    if eqn.primitive.name == "custom_jvp_call":
+        body = eqn.params["call_jaxpr"]
+        if [inner.primitive.name for inner in body.jaxpr.eqns] == ["conv_general_dilated"]:
+            return body
+    return None
+
+
 class _Flattener:
     """Numbers the values of a jaxpr, with the bodies of calls written out in place."""
 
@@ -133,7 +148,7 @@ class _Flattener:
 
         for eqn in jaxpr.eqns:
             operands = tuple(map(read, eqn.invars))
-            body = eqn.params.get("jaxpr") if eqn.primitive.name in _CALLS else None
+            body = _body(eqn)
             if body is not None:
                 inner = getattr(body, "jaxpr", body)  # closed, or open without constants
                 outputs = self.run(inner, getattr(body, "consts", ()), operands)
