@@ -44,6 +44,10 @@ class Threat(Protocol):
         """A random point of B(x) for each image, from one key an image."""
         ...
 
+    def sphere_start(self, keys: Key, x: Images) -> Images:
+        """A random direction for each image, of length ε, projected to B(x)."""
+        ...
+
     def ascent(self, gradient: Images) -> Images:
         """The step v/ε to the maximiser v of ⟨gradient, v⟩ in the set without the box.
 
@@ -120,17 +124,23 @@ def _unit(v: Images) -> Images:
     return _over(scaled, _norms(scaled))
 
 
+def _on_unit_sphere(keys: Key, x: Images) -> Images:
+    """For each image a random direction, uniform on the L2 sphere of radius 1."""
+
+    def draw(key: Key) -> jax.Array:
+        return jax.random.normal(jax.random.split(key)[0], x.shape[1:], x.dtype)
+
+    return _unit(jax.vmap(draw)(keys))
+
+
 def _uniform_in_unit_ball(keys: Key, x: Images) -> Images:
     """For each image a random direction times u^(1/d): uniform in the L2 ball of radius 1."""
     size = math.prod(x.shape[1:])
 
-    def draw(key: Key) -> jax.Array:
-        direction, length = jax.random.split(key)
-        v = jax.random.normal(direction, x.shape[1:], x.dtype)
-        radius = jax.random.uniform(length, (), x.dtype) ** (1.0 / size)
-        return radius * _unit(v[None])[0]
+    def radius(key: Key) -> jax.Array:
+        return jax.random.uniform(jax.random.split(key)[1], (), x.dtype) ** (1.0 / size)
 
-    return jax.vmap(draw)(keys)
+    return jax.vmap(radius)(keys).reshape(-1, *[1] * (x.ndim - 1)) * _on_unit_sphere(keys, x)
 
 
 def _inner_radius(epsilon: Any, x: Images, bounds: tuple[float, float]) -> jax.Array:
@@ -173,8 +183,16 @@ class Linf(_Ball):
 
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""
-        noise = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1.0, 1.0))(keys)
+        return self.project(x + self.epsilon * self._in_unit_ball(keys, x), x)
+
+    def sphere_start(self, keys: Key, x: Images) -> Images:
+        """Uniform in the ball, scaled to its surface, then projected."""
+        noise = _largest_is_one(self._in_unit_ball(keys, x))
         return self.project(x + self.epsilon * noise, x)
+
+    @staticmethod
+    def _in_unit_ball(keys: Key, x: Images) -> Images:
+        return jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1.0, 1.0))(keys)
 
     def ascent(self, gradient: Images) -> Images:
         """sign(gradient)."""
@@ -205,6 +223,10 @@ class L2(_Ball):
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""
         return self.project(x + self.epsilon * _uniform_in_unit_ball(keys, x), x)
+
+    def sphere_start(self, keys: Key, x: Images) -> Images:
+        """Uniform on the sphere, then projected."""
+        return self.project(x + self.epsilon * _on_unit_sphere(keys, x), x)
 
     def ascent(self, gradient: Images) -> Images:
         """gradient / ‖gradient‖₂, or 0 where the gradient is 0."""
@@ -438,6 +460,10 @@ class StrongL2:
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""
         return self.project(x + self.epsilon * _uniform_in_unit_ball(keys, x), x)
+
+    def sphere_start(self, keys: Key, x: Images) -> Images:
+        """Uniform on the sphere, then projected."""
+        return self.project(x + self.epsilon * _on_unit_sphere(keys, x), x)
 
     def ascent(self, gradient: Images) -> Images:
         """v/ε with v = argmax ⟨g, v⟩ over ‖v‖ ≤ ε, ‖Uᵀv‖ ≤ δ, g the gradient; 0 where g is 0.

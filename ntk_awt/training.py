@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from ntk_awt.attacks import CRITERIA, Attack, check_examples, criterion, example_keys
-from ntk_awt.attacks.base import LossFn
+from ntk_awt.attacks.base import NetworkLoss
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.config import TrainConfig
 from ntk_awt.errors import InputError, check_count, check_finite, choose
@@ -53,7 +53,7 @@ def _natural(
     return CRITERIA[config.criterion](logits, batch.y).mean(), logits
 
 
-def _attacked(loss: LossFn, batch: Batch, attack: Attack, threat: Threat) -> Images:
+def _attacked(loss: NetworkLoss, batch: Batch, attack: Attack, threat: Threat) -> Images:
     return jax.lax.stop_gradient(attack.run(loss, batch.x, threat, batch.keys)[0])
 
 

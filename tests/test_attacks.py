@@ -39,20 +39,31 @@ SLOW = (
     "test_never_above_the_optimum pgd-l2",
     "test_perturb *l2",
     "test_wrong_attacks_are_rejected attack[02]-*-strong-l2",
+    "test_[!c]* apgd-*l2",
+    "test_contract apgd-[dt]*l2",
+    "* apgd-dlr-linf",
+    "test_float64 apgd-*",
 )
 
 U = 2.0**-24  # unit roundoff of float32
 N, D, CLASSES = 6, 12, 4
 EPSILON = {"linf": 0.125, "l2": 0.4, "strong-l2": 0.4}
 STEPS = 6
-contract = pytest.mark.parametrize(
-    ("attack", "name"),
-    [
+
+
+def over(names: list[str]) -> Any:
+    """These attacks over every threat model."""
+    cases = [
         pytest.param(ATTACKS[attack](steps=STEPS), name, id=f"{attack}-{name}")
-        for attack in sorted(ATTACKS)
+        for attack in names
         for name in sorted(THREATS)
-    ],
-)
+    ]
+    return pytest.mark.parametrize(("attack", "name"), cases)
+
+
+contract = over(sorted(ATTACKS))
+of_losses = over(["pgd"])  # they return the point of the highest loss
+of_errors = over(sorted(set(ATTACKS) - {"pgd"}))  # they return a misclassified point
 
 
 def make(name: str, epsilon: float) -> Any:
@@ -160,11 +171,38 @@ def test_contract(attack: Any, name: str):
     for scale in (1.0, 1e-5, 0.8, 20.0):
         check_feasible(attack, name, scale)
     check_loss(attack, name)
+
+
+@of_losses
+def test_the_highest_loss_is_returned(attack: Any, name: str):
     for scale in (1.0, 8.0):  # with the large radius the steps overshoot
         check_best(attack, name, scale)
 
 
-@contract
+def check_misclassified(attack: Any, name: str) -> None:
+    """Where a point that was seen is misclassified, so is the one that comes back."""
+    seen: list[np.ndarray] = []
+
+    def recorded(params: Any, x: Any) -> Any:
+        logits = apply(params, x)
+        jax.debug.callback(lambda z: seen.append(np.asarray(z)), logits, ordered=True)
+        return logits
+
+    y = np.asarray(apply(PARAMS, X)).argmax(1)
+    loss, threat = cross_entropy(recorded, PARAMS, jnp.asarray(y)), make(name, EPSILON[name])
+    z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, KEYS)[0])(threat)
+    jax.effects_barrier()
+    wrong = (np.stack(seen).argmax(2) != y).any(0)
+    assert 0 < wrong.sum() < N
+    np.testing.assert_array_equal(np.asarray(apply(PARAMS, z)).argmax(1) != y, wrong)
+
+
+@of_errors
+def test_a_misclassified_point_is_returned(attack: Any, name: str):
+    check_misclassified(attack, name)
+
+
+@of_losses
 def test_more_restarts_and_larger_radii_are_never_weaker(attack: Any, name: str):
     # A loop of one pass may be compiled otherwise than one of several: some roundings.
     threat = make(name, EPSILON[name])
@@ -312,7 +350,7 @@ def test_pgd_finds_the_optimum_of_linear_classifiers_in_the_box():
     np.testing.assert_allclose(loss, np.logaddexp(0, -sign * (wanted @ w + b)), atol=1e-5, rtol=0)
 
 
-@contract
+@of_losses
 def test_never_above_the_optimum(attack: Any, name: str):
     rng = np.random.default_rng(6)
     w, b, y = rng.normal(size=D).astype(np.float32), np.float32(0.1), Y % 2

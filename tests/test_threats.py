@@ -804,3 +804,16 @@ def test_wrong_moves_are_rejected(wrong_one: str):
 
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.parametrize("name", sorted(THREATS))
+def test_a_start_on_the_sphere_has_length_epsilon(name: str):
+    """Far from the box; the strong set cuts what is left of the signal, and each key its own."""
+    x, keys = jnp.full((5, 12), 0.5), jax.random.split(jax.random.key(0), 5)
+    threat = threat_models.make(name, 0.01, 12)
+    z = threat.sphere_start(keys, x)
+    length = np.asarray(threat.distance(z, x))
+    assert np.all(length <= 0.01 * (1 + 1e-6))
+    if name != "strong-l2":
+        np.testing.assert_allclose(length, 0.01, rtol=1e-3)
+    assert len(np.unique(np.asarray(z - x)[:, 0])) == 5

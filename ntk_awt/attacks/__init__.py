@@ -3,11 +3,16 @@
 `ATTACKS` lists every implementation; the contract tests run over it.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+from ntk_awt.attacks.apgd import APGD
 from ntk_awt.attacks.base import (
     CRITERIA,
     Attack,
     Attacked,
     LossFn,
+    NetworkLoss,
     check_examples,
     criterion,
     cross_entropy,
@@ -16,16 +21,23 @@ from ntk_awt.attacks.base import (
 )
 from ntk_awt.attacks.pgd import PGD
 
-ATTACKS: dict[str, type[PGD]] = {"pgd": PGD}
-"""Attacks by name."""
+ATTACKS: dict[str, Callable[..., Attack]] = {
+    "pgd": PGD,
+    "apgd-ce": partial(APGD, "cross-entropy"),
+    "apgd-dlr": partial(APGD, "dlr"),
+    "apgd-t": partial(APGD, "targeted-dlr"),
+}
+"""Makers of attacks by name."""
 
 __all__ = [
+    "APGD",
     "ATTACKS",
     "CRITERIA",
     "PGD",
     "Attack",
     "Attacked",
     "LossFn",
+    "NetworkLoss",
     "check_examples",
     "criterion",
     "cross_entropy",

@@ -5,6 +5,7 @@ that it visited. Input checks, the choice of the loss and the report of success 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -21,16 +22,46 @@ LossFn: TypeAlias = Callable[[Images], PerExample]
 """`images[n, *shape] -> loss[n]`; the loss of an image depends on that image alone."""
 
 
+@dataclass(frozen=True)
+class NetworkLoss:
+    """The loss z ↦ ℓ(f(z), y) for each image, and what it is made of.
+
+    Attributes:
+        apply, params: the network f.
+        labels: y, [n].
+        name: of ℓ in `CRITERIA`.
+    """
+
+    apply: ApplyFn
+    params: Params
+    labels: Labels
+    name: str
+
+    def logits(self, z: Images) -> Logits:
+        """f(z), [n, c]."""
+        return self.apply(self.params, z)
+
+    def of(self, logits: Logits) -> PerExample:
+        """ℓ of logits that are known already."""
+        return CRITERIA[self.name](logits, self.labels)
+
+    def __call__(self, z: Images) -> PerExample:
+        return self.of(self.logits(z))
+
+
 class Attack(Protocol):
     """A maximiser of losses over a threat set; hashable, so that jit can take it as static."""
 
-    def run(self, loss: LossFn, x: Images, threat: Threat, keys: Key) -> tuple[Images, PerExample]:
+    def run(
+        self, loss: NetworkLoss, x: Images, threat: Threat, keys: Key
+    ) -> tuple[Images, PerExample]:
         """The best point found for each image, and its loss.
 
         Pure and traceable: called inside jit by training, evaluation and the ticket search.
 
         Args:
-            loss: to be maximised, for each image separately.
+            loss: to be maximised, for each image separately; attacks that want misclassified points
+                rather than a high loss take the logits and labels from it.
             x: clean images [n, *shape], floating, inside `threat.bounds`.
             threat: the allowed set.
             keys: one random key an image, [n]; an image's result depends on its own key only.
@@ -70,7 +101,7 @@ cross-entropy: −log softmax(f)_y, in nats. squared: ½‖f − onehot(y)‖².
 """
 
 
-def criterion(name: str, apply: ApplyFn, params: Params, y: Labels) -> LossFn:
+def criterion(name: str, apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
     """The loss z ↦ ℓ(f(z), y) for each image; `name` is one in `CRITERIA`.
 
     Example:
@@ -78,14 +109,10 @@ def criterion(name: str, apply: ApplyFn, params: Params, y: Labels) -> LossFn:
         >>> print(loss(jnp.array([[3.0, 1.0]])))
         [2.5]
     """
-
-    def loss(z: Images) -> PerExample:
-        return CRITERIA[name](apply(params, z), y)
-
-    return loss
+    return NetworkLoss(apply, params, y, name)
 
 
-def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> LossFn:
+def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
     """The loss z ↦ −log softmax(f(z))_y for each image, in nats."""
     return criterion("cross-entropy", apply, params, y)
 
