@@ -81,10 +81,7 @@ def _trades(
 ) -> tuple[jax.Array, Logits]:
     fixed = jax.lax.stop_gradient(params)
     reference = apply(fixed, batch.x)
-
-    def divergence(z: Images) -> jax.Array:
-        return _kl(reference, apply(fixed, z))
-
+    divergence = NetworkLoss(apply, fixed, batch.y, lambda logits, _: _kl(reference, logits))
     x = _attacked(divergence, batch, attack, threat)
     natural, clean_logits = _natural(apply, params, batch, attack, threat, config)
     logits = apply(params, x)

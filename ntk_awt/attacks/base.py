@@ -29,13 +29,13 @@ class NetworkLoss:
     Attributes:
         apply, params: the network f.
         labels: y, [n].
-        name: of ℓ in `CRITERIA`.
+        value: ℓ, `(logits[n, c], labels[n]) -> loss[n]`.
     """
 
     apply: ApplyFn
     params: Params
     labels: Labels
-    name: str
+    value: Callable[[Logits, Labels], PerExample]
 
     def logits(self, z: Images) -> Logits:
         """f(z), [n, c]."""
@@ -43,7 +43,7 @@ class NetworkLoss:
 
     def of(self, logits: Logits) -> PerExample:
         """ℓ of logits that are known already."""
-        return CRITERIA[self.name](logits, self.labels)
+        return self.value(logits, self.labels)
 
     def __call__(self, z: Images) -> PerExample:
         return self.of(self.logits(z))
@@ -109,7 +109,7 @@ def criterion(name: str, apply: ApplyFn, params: Params, y: Labels) -> NetworkLo
         >>> print(loss(jnp.array([[3.0, 1.0]])))
         [2.5]
     """
-    return NetworkLoss(apply, params, y, name)
+    return NetworkLoss(apply, params, y, CRITERIA[name])
 
 
 def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
