@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.attacks.base import NetworkLoss
+from ntk_awt.attacks.base import NetworkLoss, select
 from ntk_awt.attacks.losses import OBJECTIVES, Objective
 from ntk_awt.errors import check_count, choose
 from ntk_awt.threats import Threat
@@ -71,11 +71,6 @@ def seen(loss: NetworkLoss, z: Images, logits: Logits) -> Found:
     return Found(z, loss.of(logits), wrong & jnp.isfinite(logits).all(axis=1))
 
 
-def select(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
-    """`yes` for the images in the mask [n], and `no` for the others."""
-    return jnp.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
-
-
 def keep(where: jax.Array, new: Found, old: Found) -> Found:
     """`new` for the images in the mask [n], and `old` for the others."""
     return Found(*map(partial(select, where), new, old))
@@ -131,6 +126,11 @@ class _State(NamedTuple):
     rises: PerExample
     checked_loss: PerExample
     halved: jax.Array
+
+    def found_with(self, new: Found, value: PerExample) -> Found:
+        """What has been found after an evaluation with that objective."""
+        better = value > self.best_loss
+        return keep(new.fooled | (~self.found.fooled & better), new, self.found)
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,7 @@ class APGD:
                 windows[at], last = at - last, at
         state, _ = jax.lax.scan(step, first, (jnp.arange(self.steps), jnp.asarray(windows)))
         (_, (value, logits)) = values(state.z)
-        last_found = seen(loss, state.z, logits)
-        return keep(last_found.fooled | (~state.found.fooled & (value > state.best_loss)),
-                    last_found, state.found)  # fmt: skip
+        return state.found_with(seen(loss, state.z, logits), value)
 
     def _note(
         self, state: _State, new: Found, value: PerExample, gradient: Images, index: jax.Array
@@ -245,7 +243,7 @@ class APGD:
         """Take up what an evaluation shows."""
         better = value > state.best_loss
         return state._replace(
-            found=keep(new.fooled | (~state.found.fooled & better), new, state.found),
+            found=state.found_with(new, value),
             best=select(better, new.images, state.best),
             best_loss=jnp.where(better, value, state.best_loss),
             best_gradient=select(better, gradient, state.best_gradient),

@@ -117,6 +117,11 @@ def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
     return criterion("cross-entropy", apply, params, y)
 
 
+def select(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """`yes` for the images in the mask [n], and `no` for the others."""
+    return jnp.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+
 def example_keys(key: Key, indices: jax.Array) -> Key:
     """One key an image, from its index in the data set: results don't depend on the batching."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)

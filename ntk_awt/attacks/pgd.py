@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ntk_awt.attacks.base import LossFn
+from ntk_awt.attacks.base import LossFn, select
 from ntk_awt.errors import check_count, check_number
 from ntk_awt.threats import Threat
 from ntk_awt.types import Images, Key, PerExample
@@ -52,8 +52,7 @@ class PGD:
         def keep_best(best: tuple, z: Images, values: PerExample) -> tuple:
             images, highest = best
             better = values > highest
-            select = better.reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.where(select, z, images), jnp.where(better, values, highest)
+            return select(better, z, images), jnp.where(better, values, highest)
 
         def step(carry: tuple, _: None) -> tuple:
             z, best = carry
