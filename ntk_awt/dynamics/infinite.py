@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ntk_awt.attacks import Attack, example_keys
+from ntk_awt.attacks import PGD, example_keys
 from ntk_awt.dynamics import flow
 from ntk_awt.errors import InputError, check_count, check_finite, check_images, check_number
 from ntk_awt.threats import Threat
@@ -82,7 +82,7 @@ def _train(
     key: Key,
     phase_time: Any,
     kernel_fn: KernelFn,
-    attack: Attack,
+    attack: PGD,
     initial: Function,
     phases: int,
 ) -> InfiniteTraining:
@@ -116,7 +116,7 @@ def adversarial_training(
     y: Logits,
     *,
     threat: Threat,
-    attack: Attack,
+    attack: PGD,
     key: Key,
     phases: int,
     phase_time: float,
@@ -137,7 +137,8 @@ def adversarial_training(
             `threat.bounds` (pixel units). All results have their dtype.
         y: targets [n, c].
         threat: the allowed set of each image.
-        attack: the maximiser, e.g. `PGD(random_start=False)`.
+        attack: e.g. `PGD(random_start=False)`; there are no classes, so attacks that look for
+            misclassified points don't apply.
         key: of the attack, another one each phase.
         phases: K, number of attacks; all K·n points are anchors of the predictor.
         phase_time: Δt of the flow between two attacks, in units of 1/(learning rate of the mean

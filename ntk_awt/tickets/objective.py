@@ -28,7 +28,7 @@ from ntk_awt.kernels import (
 )
 from ntk_awt.masks import Ticket, effective
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
 
 KernelFn: TypeAlias = Callable[..., jax.Array]
 """`kernels.empirical`, or the same with a plan and a selection filled in."""
@@ -101,18 +101,19 @@ def attacked_inputs(
     """
     if inputs == "natural":
         return x
-    losses = []
+    networks = []
     if inputs != "sparse":
-        losses.append(cross_entropy(apply, params, y))
+        networks.append(params)
     if inputs != "dense":
         assert ticket is not None
-        losses.append(cross_entropy(apply, jax.lax.stop_gradient(effective(*ticket)), y))
+        networks.append(jax.lax.stop_gradient(effective(*ticket)))
     first = jnp.arange(x.shape[0]) < x.shape[0] // 2
 
-    def loss(z: Images) -> jax.Array:
-        values = [one(z) for one in losses]
-        return values[0] if len(values) == 1 else jnp.where(first, *values)
+    def logits(networks: list[Params], z: Images) -> Logits:
+        values = [apply(one, z) for one in networks]
+        return values[0] if len(values) == 1 else jnp.where(first[:, None], *values)
 
+    loss = cross_entropy(logits, networks, y)
     return attack.run(loss, x, threat, example_keys(key, jnp.arange(x.shape[0])))[0]
 
 
