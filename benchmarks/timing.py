@@ -11,6 +11,10 @@ import jax
 from ntk_awt.experiment import versions
 
 
+WARM_UP = 0.3
+"""Seconds of calls before one that is timed, for both sides alike."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One comparison; `ratio` = peer / ours, so more than 1 means that ours is faster.
@@ -44,14 +48,17 @@ def once(call: Callable[[], Any]) -> float:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns, each after one of its own as a warm-up.
+    """Median seconds of each call, taken in turns, each after its own as a warm-up.
 
     In turns, so that whatever else slows the machine for a while slows all of them; the warm-up,
-    because the other call leaves caches and memory as it needs them.
+    one call and then more until `WARM_UP` seconds are over, because the other call leaves caches
+    and memory as it needs them (after neural-tangents, a kernel of 20 ms takes 40 ms at first).
     """
 
     def warm(call: Callable[[], Any]) -> float:
-        once(call)
+        passed = once(call)
+        while passed < WARM_UP:
+            passed += once(call)
         return once(call)
 
     rounds = [{name: warm(call) for name, call in calls.items()} for _ in range(repeats)]

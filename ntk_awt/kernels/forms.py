@@ -205,33 +205,35 @@ def _gram_rows(left: Side, right: Side, outputs: str) -> Row:
 
 @jax.checkpoint  # else the scaled cotangents of all rows would be kept
 def _weighted_product(g: jax.Array, d: jax.Array, d2: jax.Array) -> jax.Array:
-    """Σ_j g[m, j] d[q, j] d2[m, r, j] as [m, q, r], by one matrix product."""
-    found = (g[:, None] * d2).reshape(len(g) * d2.shape[1], -1) @ d.T
-    return found.reshape(len(g), -1, len(d)).transpose(0, 2, 1)
+    """Σ_j g[j, m] d[q, j] d2[j, m, r] as [m, q, r], by one product with the short side first."""
+    found = d @ (g[:, :, None] * d2).reshape(len(g), -1)
+    return found.reshape(len(d), -1, d2.shape[2]).transpose(1, 0, 2)
 
 
 def _weighted_row(g: jax.Array, d: jax.Array, d2: jax.Array, outputs: str) -> jax.Array:
-    """Σ_j g[m, j] d[q, j] d2[m, r, j] of one image, for all q and r, q = r, or their mean."""
+    """Σ_j g[j, m] d[q, j] d2[j, m, r] of one image, for all q and r, q = r, or their mean."""
     if outputs == "full":
         return _weighted_product(g, d, d2)
     if outputs == "diagonal":
-        return jnp.einsum("mj,qj,mqj->mq", g, d, d2)
-    return jnp.sum(g * jnp.einsum("qj,mqj->mj", d, d2), axis=1) / len(d)
+        return jnp.einsum("jm,qj,jmq->mq", g, d, d2)
+    return jnp.sum(g * jnp.einsum("qj,jmq->jm", d, d2), axis=0) / len(d)
 
 
 def _packed_rows(share: Share, left: Side, right: Side, outputs: str) -> Row:
     (a1, d1), (a2, d2) = left.arrays, right.arrays
-    weighted = a1 * _row_weights(share)[:, :, None]
-    grams = jnp.einsum("jwn,jwm->jnm", weighted, a2).transpose(1, 2, 0)
-    return (grams, d1), lambda image: _weighted_row(image[0], image[1], d2, outputs)
+    weighted, of_units = a1 * _row_weights(share)[:, :, None], d2.transpose(2, 0, 1)
+    grams = jnp.einsum("jwn,jwm->jnm", weighted, a2).transpose(1, 0, 2)
+    return (grams, d1), lambda image: _weighted_row(image[0], image[1], of_units, outputs)
 
 
 def _soft_rows(share: Share, left: Side, right: Side, outputs: str) -> Row:
     a2, d2 = right.arrays
+    of_units = d2.transpose(2, 0, 1)
 
     def row(image: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, d = image
-        return _weighted_row((a * a2) @ share.metric, d, d2, outputs)
+        grams = jnp.einsum("mi,ij->jm", a * a2, share.metric)
+        return _weighted_row(grams, d, of_units, outputs)
 
     return left.arrays, row
 

@@ -37,8 +37,8 @@ CACHE = 3 * 2**23
 """Bytes of cotangents at a time on a CPU, where explicit Jacobians are made of them."""
 
 # Time of one multiply-add of a kind over that of a large matrix product (measured on 2 CPU cores).
-_SMALL_PRODUCT = 12.0  # batches of small matrix products: Gram matrices of single units
-_ROW_PRODUCT = 5.0  # scaling by a Gram matrix, then a product with as many rows as classes
+_SMALL_PRODUCT = 8.0  # batches of small matrix products: Gram matrices of single units
+_ROW_PRODUCT = 2.5  # scaling by a Gram matrix, then a product with as many rows as classes
 _SOFT_PRODUCT = 1.5  # product after a scaling of its right side
 _GATHER = 8.0  # one entry gathered or written alone
 _NETWORK = 4.0  # one multiply-add of a pass through the network
