@@ -206,8 +206,9 @@ def _gram_rows(left: Side, right: Side, outputs: str) -> Row:
 @jax.checkpoint  # else the scaled cotangents of all rows would be kept
 def _weighted_product(g: jax.Array, d: jax.Array, d2: jax.Array) -> jax.Array:
     """Σ_j g[j, m] d[q, j] d2[j, m, r] as [m, q, r], by one product with the short side first."""
-    found = d @ (g[:, :, None] * d2).reshape(len(g), -1)
-    return found.reshape(len(d), -1, d2.shape[2]).transpose(1, 0, 2)
+    units, images, outputs = d2.shape
+    found = d @ (g[:, :, None] * d2).reshape(units, images * outputs)
+    return found.reshape(len(d), images, outputs).transpose(1, 0, 2)
 
 
 def _weighted_row(g: jax.Array, d: jax.Array, d2: jax.Array, outputs: str) -> jax.Array:
