@@ -59,6 +59,10 @@ class Threat(Protocol):
         """‖z − x‖ in the norm of the ball, for each image."""
         ...
 
+    def gauge(self, z: Images, x: Images) -> PerExample:
+        """The smallest r for which z is in the set (without the box) of r times all radii."""
+        ...
+
 
 Class = TypeVar("Class", bound=type)
 
@@ -105,6 +109,11 @@ def _norms(v: Images) -> jax.Array:
 def _over(a: Any, b: jax.Array) -> jax.Array:
     """a/b, and a itself where b = 0."""
     return a / jnp.where(b > 0, b, 1.0)
+
+
+def _parts(length: jax.Array, radius: Any) -> jax.Array:
+    """length/radius; 0 where the length is 0, and ∞ beyond a radius of 0."""
+    return jnp.where(length > 0, length / radius, 0.0)
 
 
 def _down_to(limit: jax.Array, length: jax.Array) -> jax.Array:
@@ -165,6 +174,14 @@ class _Ball:
 
     def __post_init__(self):
         object.__setattr__(self, "epsilon", _round_down(self.epsilon))
+
+    def distance(self, z: Images, x: Images) -> PerExample:
+        """‖z − x‖₂."""
+        return jnp.linalg.norm(_rows(z) - _rows(x), axis=1)
+
+    def gauge(self, z: Images, x: Images) -> PerExample:
+        """‖z − x‖/ε."""
+        return _parts(self.distance(z, x), self.epsilon)
 
 
 @register
@@ -231,10 +248,6 @@ class L2(_Ball):
     def ascent(self, gradient: Images) -> Images:
         """gradient / ‖gradient‖₂, or 0 where the gradient is 0."""
         return _unit(gradient)
-
-    def distance(self, z: Images, x: Images) -> PerExample:
-        """‖z − x‖₂."""
-        return jnp.linalg.norm(_rows(z) - _rows(x), axis=1)
 
 
 # ---------------------------------------------------------------- the strong threat model
@@ -484,6 +497,11 @@ class StrongL2:
     def distance(self, z: Images, x: Images) -> PerExample:
         """‖z − x‖₂."""
         return jnp.linalg.norm(_rows(z) - _rows(x), axis=1)
+
+    def gauge(self, z: Images, x: Images) -> PerExample:
+        """max(‖z − x‖₂/ε, ‖Uᵀ(z − x)‖₂/δ)."""
+        signal = jnp.linalg.norm(_coordinates(_rows(z) - _rows(x), self.basis), axis=1)
+        return jnp.maximum(_parts(self.distance(z, x), self.epsilon), _parts(signal, self.delta))
 
 
 THREATS: dict[str, type[Linf] | type[L2] | type[StrongL2]] = {

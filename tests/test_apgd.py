@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ntk_awt.attacks import APGD, apgd, cross_entropy, example_keys
-from ntk_awt.attacks.apgd import checkpoints, targets_of
+from ntk_awt.attacks.apgd import checkpoints
+from ntk_awt.attacks.found import targets_of
 from ntk_awt.attacks.losses import dlr, margin, targeted_dlr, targeted_margin
 from ntk_awt.errors import InputError
 from ntk_awt.threats import THREATS, Linf

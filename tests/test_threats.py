@@ -353,6 +353,21 @@ def test_distance(name: str):
     np.testing.assert_allclose(got, wanted, rtol=400 * U)
 
 
+@every_threat
+def test_gauge(name: str):
+    """By how much all radii must grow to hold the point; 0 at x, ∞ if nothing may move."""
+    c = case(name, 4, 784, "far", 1.0, 1, (0.0, 1.0))
+    z, x = jnp.asarray(c.z), jnp.asarray(c.x)
+    v = c.z.astype(np.float64) - c.x
+    wanted = norms(v, ORDER[name]) / 0.7
+    if name == "strong-l2":
+        wanted = np.maximum(wanted, norms(threat_models.signal(v), 2) / (RATIO * 0.7))
+    np.testing.assert_allclose(make(name, 0.7, 784).gauge(z, x), wanted, rtol=1e-5)
+    np.testing.assert_array_equal(make(name, 0.7, 784).gauge(x, x), 0)
+    np.testing.assert_array_equal(make(name, 0.0, 784).gauge(x, x), 0)
+    assert np.isinf(make(name, 0.0, 784).gauge(z, x)).all()
+
+
 # ---------------------------------------------------------------- as a pytree, under jit
 
 
