@@ -1,6 +1,6 @@
-"""Natural and robust accuracy with exact binomial intervals."""
+"""Natural and robust accuracy with exact binomial intervals, under one or several attacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -67,6 +67,18 @@ class Evaluation(NamedTuple):
     images: np.ndarray
 
 
+def combine(outcomes: Sequence[Evaluation]) -> Evaluation:
+    """The worst case, image by image, of several evaluations of the same network and images.
+
+    Its attacked images are those of the first evaluation that broke them, else of the last one.
+    """
+    right = np.stack([outcome.robust_correct for outcome in outcomes])
+    first = np.where(right.all(0), len(outcomes) - 1, (~right).argmax(0))
+    images = np.stack([outcome.images for outcome in outcomes])[first, np.arange(len(first))]
+    robust = np.asarray(right.all(0))
+    return outcomes[0]._replace(robust=proportion(robust), robust_correct=robust, images=images)
+
+
 @partial(jax.jit, static_argnames=("apply", "attack"))
 def _batch(
     apply: ApplyFn,
@@ -95,6 +107,7 @@ def evaluate(
     attack: Attack,
     key: Key,
     batch_size: int = 500,
+    before: Evaluation | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Accuracy of a network on clean and on attacked images.
@@ -108,6 +121,8 @@ def evaluate(
         attack: its attack on the cross-entropy.
         key: random key; each image's attack depends on the key and its index, not on the batch.
         batch_size: images at once; the last batch is padded so that nothing recompiles.
+        before: the same under another attack; only the images that it left are attacked now, and
+            the result is the worst case of both. The compiled program is that for all images.
         on_batch: called with the number of images done, for a progress bar.
 
     Returns:
@@ -119,18 +134,17 @@ def evaluate(
     check_number("batch_size", batch_size, low=1)
     x, y = check_examples(apply, params, x, y, threat)
     n, size = len(x), min(batch_size, len(x))
-    parts = []
-    for begin in range(0, n, size):
-        rows = np.arange(begin, begin + size) % n  # the padding starts again at the front
+    chosen = np.arange(n) if before is None else np.flatnonzero(before.robust_correct)
+    natural = np.zeros(n, bool) if before is None else before.natural_correct.copy()
+    robust, images = np.zeros(n, bool), np.array(x)
+    for begin in range(0, len(chosen), size):
+        rows = np.resize(chosen[begin : begin + size], size)  # padding repeats the batch's images
         keys = example_keys(key, jnp.asarray(rows))
-        parts.append(
-            jax.device_get(
-                _batch(
-                    apply, attack, params, jnp.asarray(x[rows]), jnp.asarray(y[rows]), threat, keys
-                )
-            )
+        batch = jnp.asarray(x[rows]), jnp.asarray(y[rows])
+        natural[rows], robust[rows], finite, images[rows] = jax.device_get(
+            _batch(apply, attack, params, *batch, threat, keys)
         )
-        on_batch(min(begin + size, n))
-    natural, robust, finite, images = (np.concatenate(p)[:n] for p in zip(*parts, strict=True))
-    check_finite("logits of the evaluation", np.where(finite, 0.0, np.nan))
-    return Evaluation(proportion(natural), proportion(robust), natural, robust, images)
+        check_finite("logits of the evaluation", np.where(finite, 0.0, np.nan))
+        on_batch(min(begin + size, len(chosen)))
+    found = Evaluation(proportion(natural), proportion(robust), natural, robust, images)
+    return found if before is None else combine([before, found])

@@ -1,0 +1,471 @@
+"""Checks that a robust accuracy can be trusted: each one is a flag with a value and a limit.
+
+Sources: Carlini et al., "On evaluating adversarial robustness" (2019); Athalye, Carlini and Wagner,
+"Obfuscated gradients give a false sense of security" (2018); Tramèr et al., "On adaptive attacks to
+adversarial example defenses" (2020).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_awt.attacks import PGD, Attack, Square, cross_entropy
+from ntk_awt.attacks.losses import dlr
+from ntk_awt.evaluation import evaluate
+from ntk_awt.masks import Mask
+from ntk_awt.threats import Linf, StrongL2, Threat
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
+
+IMAGES = 500
+"""The checks that attack take at most that many images: one of them is 0.2 points."""
+
+QUERIES = 500
+"""Of the black-box check."""
+
+RADII = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
+"""Where the accuracy is measured against the radius, in radii of the threat model."""
+
+STEPS = (1, 10, 100)
+"""Where the accuracy is measured against the steps of the attack."""
+
+PASSES = 5
+"""How often the same images are passed through the network, to see whether it is deterministic."""
+
+
+class Flag(NamedTuple):
+    """Outcome of one check.
+
+    Attributes:
+        name: of the check.
+        value: what was measured.
+        limit: the largest value that passes.
+        unit: of both.
+        status: pass, warn or fail.
+        meaning: what the value is.
+    """
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+    status: str
+    meaning: str
+
+
+class Hygiene(NamedTuple):
+    """All checks of one network.
+
+    Attributes:
+        flags: in the order in which they were made.
+        radii: {radius in pixel units: accuracy under attack}.
+        steps: {steps: accuracy under attack}.
+        union: robust accuracy on the checked images under all attacks together, those of other
+            networks and the black-box attack included.
+        images: number of images of these accuracies.
+    """
+
+    flags: tuple[Flag, ...]
+    radii: Mapping[float, float]
+    steps: Mapping[int, float]
+    union: float
+    images: int
+
+    @property
+    def failed(self) -> tuple[Flag, ...]:
+        """The flags that say fail."""
+        return tuple(flag for flag in self.flags if flag.status == "fail")
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for JSON; null is a number that was not measured."""
+        return {
+            "flags": [flag._asdict() for flag in self.flags],
+            "radii": [[radius, accuracy] for radius, accuracy in self.radii.items()],
+            "steps": [[count, accuracy] for count, accuracy in self.steps.items()],
+            "union": None if np.isnan(self.union) else self.union,
+            "images": self.images,
+        }
+
+
+def flag(
+    name: str, value: float, limit: float, unit: str, meaning: str, *, otherwise: str = "fail"
+) -> Flag:
+    """A flag that passes where the value is at most the limit; NaN never passes.
+
+    Example:
+        >>> flag("box", 0.0, 0.0, "pixel units", "largest excess").status
+        'pass'
+    """
+    status = "pass" if value <= limit else otherwise
+    return Flag(name, float(value), float(limit), unit, status, meaning)
+
+
+def slack(n: int) -> float:
+    """How far accuracies of n images may be off in the wrong direction: 0.5 points or one image."""
+    return max(0.005, 1 / n) + 1e-9
+
+
+# ---------------------------------------------------------------- the attacked images
+
+
+def _excess(z: np.ndarray, x: np.ndarray, threat: Threat) -> np.ndarray:
+    """By how much each image leaves the ball, in float64."""
+    v = (z.astype(np.float64) - x.astype(np.float64)).reshape(len(x), -1)
+    order = np.inf if isinstance(threat, Linf) else 2
+    excess = np.linalg.norm(v, ord=order, axis=1) - float(threat.epsilon)
+    if isinstance(threat, StrongL2):
+        signal = np.linalg.norm(v @ np.asarray(threat.basis, np.float64), axis=1)
+        excess = np.maximum(excess, signal - float(threat.delta))
+    return excess
+
+
+def ball(z: np.ndarray, x: np.ndarray, threat: Threat) -> Flag:
+    """The largest ‖z − x‖ − ε (and ‖Uᵀ(z − x)‖ − δ), computed in float64, is at most 1e-6."""
+    value = _excess(z, x, threat).max()
+    return flag("ball", value, 1e-6, "pixel units", "largest ‖z − x‖ − ε in float64")
+
+
+def box(z: np.ndarray, threat: Threat) -> Flag:
+    """No pixel leaves the box."""
+    low, high = threat.bounds
+    return flag("box", max(low - z.min(), z.max() - high, 0), 0, "pixel units", "largest excess")
+
+
+def zero_radius(attack: Attack, subject: "Subject", key: Key) -> Flag:
+    """With radius 0 the images come back."""
+    images = subject.under(attack, scaled(subject.threat, 0.0), key).images
+    value = abs(images.astype(np.float64) - subject.x).max()
+    return flag("zero radius", value, 0, "pixel units", "largest change of a pixel at ε = 0")
+
+
+# ---------------------------------------------------------------- the network
+
+
+class Subject(NamedTuple):
+    """What is checked.
+
+    Attributes:
+        apply, params: the network.
+        x, y: clean images [n, *shape] and labels [n].
+        threat: the threat model.
+    """
+
+    apply: ApplyFn
+    params: Params
+    x: np.ndarray
+    y: np.ndarray
+    threat: Threat
+
+    def under(self, attack: Attack, threat: Threat, key: Key, rows: Any = slice(None)) -> Any:
+        """The evaluation of these rows under an attack."""
+        return evaluate(
+            self.apply,
+            self.params,
+            self.x[rows],
+            self.y[rows],
+            threat=threat,
+            attack=attack,
+            key=key,
+        )
+
+    def logits(self, x: Images | np.ndarray) -> np.ndarray:
+        """[n, classes]."""
+        return np.asarray(_logits(self.apply, self.params, jnp.asarray(x)))
+
+
+@partial(jax.jit, static_argnames="apply")
+def _logits(apply: ApplyFn, params: Params, x: Images) -> Logits:
+    return apply(params, x)
+
+
+@partial(jax.jit, static_argnames=("apply", "name"))
+def _gradients(apply: ApplyFn, params: Params, x: Images, y: Labels, name: str) -> Images:
+    def loss(z: Images) -> jax.Array:
+        if name == "dlr":
+            return dlr(apply(params, z), y).sum()
+        return cross_entropy(apply, params, y)(z).sum()
+
+    return jax.grad(loss)(x)
+
+
+def finite(subject: Subject, *points: np.ndarray) -> Flag:
+    """Images, logits and input gradients of the cross-entropy, entry by entry (a reduction over NaN
+    may lose it)."""
+    count = 0
+    for z in (subject.x, *points):
+        gradient = _gradients(subject.apply, subject.params, z, subject.y, "cross-entropy")
+        for values in (z, subject.logits(z), np.asarray(gradient)):
+            count += int((~np.isfinite(values)).sum())
+    return flag("finite", count, 0, "entries", "images, logits and gradients that are not finite")
+
+
+def deterministic(subject: Subject) -> Flag:
+    """The same images give the same logits, five times over."""
+    passes = np.stack([subject.logits(subject.x) for _ in range(PASSES)])
+    value = np.ptp(passes, axis=0).max()
+    return flag("deterministic", value, 0, "logits", f"largest change over {PASSES} passes")
+
+
+def probabilities(subject: Subject) -> Flag:
+    """Outputs that are probabilities are no logits: a softmax of a softmax hides gradients."""
+    outputs = subject.logits(subject.x)
+    like = (outputs >= 0).all(1) & (abs(outputs.sum(1) - 1) < 1e-3)
+    return flag(
+        "logits", like.mean(), 0.5, "share of images", "outputs ≥ 0 that sum to 1: probabilities"
+    )
+
+
+def zero_gradients(subject: Subject, name: str) -> Flag:
+    """Images whose gradient is exactly 0: their loss is flat there, and an attack is blind."""
+    gradients = np.asarray(
+        _gradients(subject.apply, subject.params, subject.x, subject.y, name)
+    ).reshape(len(subject.x), -1)
+    return flag(
+        f"zero gradient, {name}",
+        (gradients == 0).all(1).mean(),
+        0.0 if name == "dlr" else 0.01,
+        "share of images",
+        "input gradients that are exactly 0",
+        otherwise="warn",
+    )
+
+
+def batches(attack: Attack, subject: Subject, key: Key, whole: np.ndarray) -> Flag:
+    """Images in another batch get the same verdict from the attack.
+
+    Args:
+        attack: keys are one an image, so the batch should not matter.
+        subject: network and images.
+        key: with which `whole` was found.
+        whole: verdicts [n] of all images in one batch.
+    """
+    part = slice(max(len(subject.x) // 2, 1))
+    alone = subject.under(attack, subject.threat, key, part).robust_correct
+    value = (alone != whole[part]).mean()
+    return flag(
+        "batch", value, slack(len(alone)), "share of images", "verdicts that change with the batch"
+    )
+
+
+# ---------------------------------------------------------------- the attack's strength
+
+
+def scaled(threat: Threat, factor: float) -> Threat:
+    """The threat model with all its radii times a factor."""
+    radii = {"epsilon": threat.epsilon * factor}
+    if isinstance(threat, StrongL2):
+        radii["delta"] = threat.delta * factor
+    return dataclasses.replace(threat, **radii)  # pyright: ignore[reportArgumentType]
+
+
+def monotone(name: str, accuracies: Sequence[float], n: int, of: str) -> Flag:
+    """The accuracy of n images never grows by more than 0.5 points or one image."""
+    value = max((b - a for a, b in pairwise(accuracies)), default=0.0)
+    return flag(name, value, slack(n), "share of images", f"largest growth of accuracy with {of}")
+
+
+def large_radius(attack: Attack, subject: Subject, key: Key) -> Flag:
+    """Where every image is allowed, no more than the most frequent class can stay right."""
+    low, high = subject.threat.bounds
+    size = int(np.prod(subject.x.shape[1:])) ** (not isinstance(subject.threat, Linf))
+    reach = (high - low) * size**0.5
+    if float(subject.threat.epsilon) == 0:
+        everything = dataclasses.replace(subject.threat, epsilon=reach)  # pyright: ignore[reportArgumentType]
+    else:
+        everything = scaled(subject.threat, reach / float(subject.threat.epsilon))
+    accuracy = subject.under(attack, everything, key).robust.value
+    top = np.bincount(subject.y).max() / len(subject.y)
+    return flag(
+        "large radius",
+        accuracy - top,
+        0.01,
+        "share of images",
+        "accuracy beyond the most frequent class, where every image is allowed",
+    )
+
+
+def single_step(subject: Subject, key: Key, accuracy: float) -> Flag:
+    """The attack is not weaker than one signed (or normalised) gradient step of length ε."""
+    fgsm = PGD(steps=1, step_ratio=1.0, random_start=False)
+    value = accuracy - subject.under(fgsm, subject.threat, key).robust.value
+    return flag(
+        "single step", value, slack(len(subject.x)), "share of images", "broken by FGSM beyond ours"
+    )
+
+
+def black_box(subject: Subject, key: Key) -> np.ndarray:
+    """Which images random search leaves right, [n]; it needs no gradient."""
+    return subject.under(Square(QUERIES), subject.threat, key).robust_correct
+
+
+def gain(name: str, before: np.ndarray, after: np.ndarray, meaning: str) -> Flag:
+    """Another attack breaks at most 0.2 points of what ours left.
+
+    Args:
+        name: of the check.
+        before: right under our attack, [n].
+        after: right under ours and the other one.
+        meaning: what the other attack is.
+    """
+    value = before.mean() - after.mean()
+    return flag(name, value, max(0.002, 1 / len(before)) + 1e-9, "share of images", meaning)
+
+
+# ---------------------------------------------------------------- masks and splits
+
+
+def mask_kept(mask: Mask, initial: Mask, weights: Params) -> Flag:
+    """The mask is that of the ticket, and every pruned weight is zero.
+
+    Args:
+        mask: of the evaluated network.
+        initial: of the ticket.
+        weights: effective weights, as evaluated.
+    """
+    changed = jax.tree.map(lambda a, b: np.sum(np.asarray(a) != np.asarray(b)), mask, initial)
+    alive = jax.tree.map(
+        lambda m, w: np.sum((np.asarray(m) == 0) & (np.asarray(w) != 0)), mask, weights
+    )
+    count = sum(map(int, jax.tree.leaves(changed))) + sum(map(int, jax.tree.leaves(alive)))
+    return flag("mask", count, 0, "weights", "mask entries changed, and pruned weights not zero")
+
+
+def selection(chosen_on: np.ndarray, test: np.ndarray) -> Flag:
+    """Nothing was chosen by looking at test images.
+
+    Args:
+        chosen_on: images by which settings, checkpoints or tickets were chosen, [m, *shape].
+        test: test images [n, *shape].
+    """
+    known = {image.tobytes() for image in np.asarray(test, np.float32)}
+    same = [image.tobytes() in known for image in np.asarray(chosen_on, np.float32)]
+    return flag(
+        "selection",
+        float(np.mean(same)),
+        0.01,
+        "share of images",
+        "validation images in the test set",
+    )
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def check(
+    apply: ApplyFn,
+    params: Params,
+    x: Images | np.ndarray,
+    y: Labels | np.ndarray,
+    *,
+    threat: Threat,
+    attack: Attack,
+    key: Key,
+    attacked: np.ndarray | None = None,
+    transferred: np.ndarray | None = None,
+    masks: tuple[Mask, Mask] | None = None,
+    chosen_on: np.ndarray | None = None,
+    on_share: Callable[[float], None] = lambda share: None,
+) -> Hygiene:
+    """Judge a network, an attack and a split by every rule.
+
+    If logits or gradients are not finite only that is reported: nothing else has a meaning then.
+
+    Args:
+        apply, params: the network; of a sparse one the effective weights.
+        x, y: clean test images [n, *shape] and labels [n]; the first `IMAGES` are taken.
+        threat: the threat model.
+        attack: the one whose numbers are to be trusted, with a field `steps`.
+        key: random key with which the evaluation was made.
+        attacked: the evaluation's attacked images [n, *shape]; made here if not given.
+        transferred: images attacked against another network, e.g. the dense one.
+        masks: of the evaluated network and of its ticket at initialisation.
+        chosen_on: images by which anything was chosen.
+        on_share: called with the share that is done, in [0, 1].
+
+    Returns:
+        `Hygiene`.
+
+    Source: rules of the literature above; see each rule.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from ntk_awt.attacks import PGD
+        >>> from ntk_awt.threats import Linf
+        >>> x = np.random.default_rng(0).uniform(0, 1, (50, 4)).astype(np.float32)
+        >>> y = x.argmax(1)
+        >>> found = check(lambda w, z: z @ w, jnp.eye(4), x, y, threat=Linf(0.1),
+        ...               attack=PGD(steps=20), key=jax.random.key(0))
+        >>> [flag.name for flag in found.flags if flag.status != "pass"]
+        []
+    """
+    x, y = np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES]
+    subject = Subject(apply, params, x, y, threat)
+    points = () if attacked is None else (attacked[:IMAGES],)
+    sound = finite(subject, *points)
+    if sound.status != "pass":
+        return Hygiene((sound,), {}, {}, float("nan"), len(x))
+
+    ours = subject.under(attack, threat, key)
+    z = points[0] if points else ours.images
+    survivors = ours.robust_correct & (subject.logits(z).argmax(1) == y)
+    union = survivors
+    flags = [sound]
+    radii: dict[float, float] = {}
+    steps: dict[int, float] = {}
+
+    def measure_radius(factor: float) -> None:
+        found = subject.under(attack, scaled(threat, factor), key)
+        radii[factor * float(threat.epsilon)] = found.robust.value
+
+    def measure_steps(count: int) -> None:
+        changed = dataclasses.replace(attack, steps=count)  # pyright: ignore[reportArgumentType]
+        steps[count] = subject.under(changed, threat, key).robust.value
+
+    def others(name: str, right: np.ndarray, meaning: str) -> Flag:
+        nonlocal union
+        union = union & right
+        return gain(name, survivors, survivors & right, meaning)
+
+    def random_search() -> Flag:
+        return others("black box", black_box(subject, key), f"broken by Square, {QUERIES} queries")
+
+    def transfer(images: np.ndarray) -> Flag:
+        right = subject.logits(images).argmax(1) == y
+        return others("transfer", right, "broken by attacks on another network")
+
+    rules: list[Callable[[], Flag | None]] = [
+        lambda: ball(z, x, threat),
+        lambda: box(z, threat),
+        lambda: zero_radius(attack, subject, key),
+        lambda: deterministic(subject),
+        lambda: probabilities(subject),
+        lambda: zero_gradients(subject, "cross-entropy"),
+    ]
+    if subject.logits(x[:1]).shape[1] > 2:
+        rules.append(lambda: zero_gradients(subject, "dlr"))
+    rules += [
+        lambda: batches(attack, subject, key, ours.robust_correct),
+        *(partial(measure_radius, factor) for factor in RADII),
+        lambda: monotone("radius", list(radii.values()), len(x), "ε"),
+        *(partial(measure_steps, count) for count in STEPS),
+        lambda: monotone("steps", list(steps.values()), len(x), "steps"),
+        lambda: large_radius(attack, subject, key),
+        lambda: single_step(subject, key, ours.robust.value),
+        random_search,
+    ]
+    if transferred is not None:
+        rules.append(lambda: transfer(transferred[:IMAGES]))
+    if masks is not None:
+        rules.append(lambda: mask_kept(*masks, params))
+    if chosen_on is not None:
+        rules.append(lambda: selection(chosen_on, x))
+    for done, rule in enumerate(rules, 1):
+        if (found := rule()) is not None:
+            flags.append(found)
+        on_share(done / len(rules))
+    return Hygiene(tuple(flags), radii, steps, float(union.mean()), len(x))
