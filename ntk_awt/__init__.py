@@ -9,6 +9,7 @@ from typing import Any
 from ntk_awt._version import __version__
 
 _MODULES = (
+    "assessment",
     "attacks",
     "config",
     "convolution",
@@ -17,6 +18,7 @@ _MODULES = (
     "errors",
     "evaluation",
     "experiment",
+    "hygiene",
     "inspection",
     "kernels",
     "linear",
@@ -26,6 +28,7 @@ _MODULES = (
     "models",
     "plots",
     "report",
+    "robustness",
     "sweep",
     "threats",
     "tickets",

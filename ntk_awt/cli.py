@@ -33,7 +33,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ntk_awt import config as configs
 from ntk_awt.config import RunConfig
-from ntk_awt.errors import InputError, check_number, choose
+from ntk_awt.errors import InputError, choose
 
 console = Console(stderr=True)
 
@@ -183,68 +183,66 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
 
 
 def evaluate(
-    run_dir: Positional[Path],
+    source: Positional[str],
     networks: tuple[str, ...] = (),
+    attacks: tuple[str, ...] = (),
+    threat: str | None = None,
     epsilon: float | None = None,
     steps: int | None = None,
     restarts: int | None = None,
+    images: Path | None = None,
+    out: Path | None = None,
     json_file: Annotated[Path | None, arg(name="json")] = None,
 ) -> int:
-    """Natural and robust accuracy of a run's trained networks under PGD.
+    """Robust accuracy of trained networks under any attacks, and whether it can be trusted.
+
+    Outcomes of attacks are kept in the output folder: an interrupted call goes on where it was.
+    The exit code is 1 if a hygiene check fails.
 
     Args:
-        run_dir: a run folder.
-        networks: only these; all trained ones if not given.
+        source: a run folder, a saved network's FILE.safetensors, RUN/checkpoints/STAGE, or
+            module:function of your own that returns (apply, params).
+        networks: of a run folder only these; all if not given.
+        attacks: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, auto; the run's if not given.
+        threat: linf, l2 or strong-l2; the run's if not given.
         epsilon: radius in pixel units; the run's if not given.
-        steps: gradient steps of PGD; the run's if not given.
-        restarts: random restarts of PGD; the run's if not given.
+        steps: gradient steps of each attack (Square makes 50 queries for each); the run's if not
+            given.
+        restarts: random restarts of each attack; the run's if not given.
+        images: FILE.npz with images x [n, *shape] and labels y [n], for a source without a run.
+        out: folder of the outcomes and the figure; the run folder, or evaluation/ if not given.
         json_file: write the numbers there as well.
     """
-    from ntk_awt.attacks import PGD
-    from ntk_awt.experiment import open_run
-    from ntk_awt.methods import ordered
+    from ntk_awt import robustness
 
-    opened = open_run(run_dir, Bars())
-    settings, known = opened.config.evaluation, ordered(opened.config.networks)
-    for name in networks:
-        choose("network", name, known)
-    threat_config = opened.config.threat
-    if epsilon is not None:
-        check_number("epsilon", epsilon, low=0)
-        threat_config = dataclasses.replace(threat_config, epsilon=epsilon)
-    threat = opened.make_threat(threat_config)
-    attack = PGD(
-        settings.evaluation_steps if steps is None else steps,
-        opened.config.attack.attack_step_ratio,
-        settings.evaluation_restarts if restarts is None else restarts,
-    )
-    rows: list[dict[str, Any]] = []
-    for name in networks or known:
-        outcome = opened.evaluate_network(name, attack, threat)
-        rows.append(
-            {
-                "network": name,
-                "threat": threat_config.name,
-                "epsilon": threat_config.epsilon,
-                "steps": attack.steps,
-                "restarts": attack.restarts,
-                "natural": outcome.natural._asdict(),
-                "robust": outcome.robust._asdict(),
-            }
-        )
-    table = _table(
-        "network", "natural accuracy\n[%], 95 % interval", "robust accuracy\n[%], 95 % interval"
-    )
-    for row in rows:
-        table.add_row(row["network"], *(_percent(**row[part]) for part in ("natural", "robust")))
-    console.print(table)
+    request = robustness.Request(attacks, threat, epsilon, steps, restarts, images)
+    _resume.append(f"ntk-awt evaluate {source} with the same options")
+    if robustness.is_run(source):
+        if out is not None:
+            raise InputError("--out", expected="none: a run keeps its outcomes", got=str(out))
+        found = robustness.evaluate_run(Path(source), request, networks, Bars())
+        folder = Path(source) / "figures"
+    else:
+        if networks:
+            raise InputError("--networks", expected="none: the source is one network", got="some")
+        folder = out or Path("evaluation")
+        found = [robustness.evaluate_source(source, request, folder, Bars())]
+    rows = [one.record() for one in found]
+    console.print(_attacks_table(rows))
+    console.print(_flags_table(rows))
+    print(f"figure: {robustness.draw(found, folder, 'evaluate')}")
     text = json.dumps(rows, indent=2)
     if json_file is None:
         print(text)
     else:
         json_file.write_text(text + "\n", encoding="utf-8")
         print(f"numbers: {json_file}")
-    return 0
+    failed = [
+        f"{one.network}: {flag.name}" for one in found for flag in one.assessment.hygiene.failed
+    ]
+    if failed:
+        console.print(f"failed checks: {', '.join(failed)}", markup=False, soft_wrap=True)
+    return 1 if failed else 0
 
 
 def kernel(
@@ -483,6 +481,46 @@ def _networks_table(results: dict[str, Any]) -> Table:
             _percent(values["robust_accuracy"], *values["robust_interval"]),
             f"{values['dynamics_gap']:.3g}",
             f"{values['relative_kernel_distance']:.3g}",
+        )
+    return table
+
+
+def _attacks_table(rows: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "network",
+        "attack",
+        "tried on\n[images]",
+        "left\n[images]",
+        "accuracy\n[%], 95 % interval",
+        title="after each attack; the worst case of all last",
+    )
+    for row in rows:
+        table.add_row(row["network"], "none", "", "", _percent(**row["natural"]))
+        for turn in row["attacks"]:
+            table.add_row(
+                "",
+                turn["attack"] + (f" ({turn['suite']})" if turn["suite"] != turn["attack"] else ""),
+                str(turn["attacked"]),
+                str(turn["survived"]),
+                _percent(turn["robust_accuracy"], *turn["robust_interval"]),
+            )
+        table.add_row("", "all", "", "", _percent(**row["robust"]), end_section=True)
+    return table
+
+
+def _flags_table(rows: list[dict[str, Any]]) -> Table:
+    """The checks that did not pass; all of them are in the JSON file and in a run's report."""
+    flags = [(row["network"], flag) for row in rows for flag in row["hygiene"]["flags"]]
+    raised = [(network, flag) for network, flag in flags if flag["status"] != "pass"]
+    table = _table("check", "network", "status", "value (limit) [unit]", "measured")
+    table.title = f"hygiene: {len(flags) - len(raised)} of {len(flags)} checks pass"
+    for network, flag in raised:
+        table.add_row(
+            flag["name"],
+            network,
+            Text(flag["status"], {"warn": "yellow", "fail": "red"}[flag["status"]]),
+            escape(f"{flag['value']:.3g} ({flag['limit']:.3g}) [{flag['unit']}]"),
+            flag["meaning"],
         )
     return table
 

@@ -288,12 +288,21 @@ class RecordConfig:
 class EvaluationConfig:
     """The evaluation on the test images."""
 
-    evaluation_steps: int = 40
-    """Gradient steps of PGD."""
+    attacks: tuple[str, ...] = ("apgd-ce",)
+    """pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, or auto (apgd-ce, apgd-t, fab-t and square,
+    each on what is left); the worst case of all counts, image by image."""
+    full_evaluation: bool = False
+    """Attack with auto, whatever `attacks` says."""
+    evaluation_steps: int = 100
+    """Gradient steps of each attack; Square makes 50 queries for each of them."""
     evaluation_restarts: int = 1
-    """Random restarts of PGD; the point of highest loss among all of them counts."""
+    """Random restarts of each attack."""
 
     def __post_init__(self):
+        if not self.attacks or len(set(self.attacks)) != len(self.attacks):
+            raise InputError(
+                "attacks", expected="one or more, each once", got=", ".join(self.attacks) or "none"
+            )
         check_number("evaluation_steps", self.evaluation_steps, low=0)
         check_number("evaluation_restarts", self.evaluation_restarts, low=1)
 

@@ -9,6 +9,7 @@ A run folder holds everything that a report or a later stage reads:
     trained/NAME.safetensors       the same after training
     dynamics/NAME/epoch-0001.npz   outputs and kernels on the probe set
     evaluation/NAME.npz            each test image: right when clean, right under attack; examples
+    evaluation/NAME/ID/            the outcome of each attack, by an identity of its settings
     checkpoints/                   Orbax states, to resume from
     figures/, report.html          pictures of the above
 
@@ -34,13 +35,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import config as configs
-from ntk_awt import data, masks, methods, models, report, threats, tickets, training
+from ntk_awt import data, hygiene, masks, methods, models, report, threats, tickets, training
 from ntk_awt._version import __version__
-from ntk_awt.attacks import CRITERIA, PGD, cross_entropy, example_keys
+from ntk_awt.assessment import Assessment, assess, identity, make_suites
+from ntk_awt.attacks import ATTACKS, CRITERIA, PGD, cross_entropy, example_keys
 from ntk_awt.checkpoints import Checkpoints
-from ntk_awt.config import RunConfig, ThreatConfig, TicketConfig
+from ntk_awt.config import EvaluationConfig, RunConfig, ThreatConfig, TicketConfig
 from ntk_awt.errors import InputError, choose
-from ntk_awt.evaluation import Evaluation, evaluate
+from ntk_awt.evaluation import evaluate
 from ntk_awt.kernels import (
     empirical,
     kernel_distance,
@@ -113,6 +115,10 @@ class Paths:
     def evaluation(self, name: str) -> Path:
         """Outcome on each test image."""
         return self.root / "evaluation" / f"{name}.npz"
+
+    def attacks(self, name: str, identity: str) -> Path:
+        """Folder of each attack's outcome."""
+        return self.root / "evaluation" / name / identity
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -538,17 +544,17 @@ class Run:
 
     def evaluate(self) -> None:
         """Natural and robust accuracy of every trained network on the test images."""
-        settings = self.config.evaluation
-        attack = self.attack(settings.evaluation_steps, settings.evaluation_restarts)
         for name in ordered(self.config.networks):
             if self.paths.evaluation(name).exists():
                 continue
             clock = Clock()
-            outcome = self.evaluate_network(name, attack, self.threat)
+            found = self.assess(name)
+            outcome = found.outcome
             arrays = {
                 "natural_correct": outcome.natural_correct,
                 "robust_correct": outcome.robust_correct,
                 "examples": outcome.images[:EXAMPLES],
+                "attacked": outcome.images[: hygiene.IMAGES],
                 "clean": self.dataset.x_test[:EXAMPLES],
                 "labels": self.dataset.y_test[:EXAMPLES],
             }
@@ -558,24 +564,47 @@ class Run:
                     f"{part}_accuracy": share.value,
                     f"{part}_interval": [share.low, share.high],
                 }
+            row |= {"attacks": found.table(), "hygiene": found.hygiene.record()}
             self.log.add([row])
             _save_arrays(self.paths.evaluation(name), arrays)
 
-    def evaluate_network(self, name: str, attack: PGD, threat: Threat) -> Evaluation:
-        """One trained network on the test images, under any attack and threat model."""
-        d = self.dataset
-        weights = masks.effective(*self.load_trained(name))
-        with self.reporter.bar(f"{name}: evaluate", len(d.x_test), "images") as show:
-            return evaluate(
-                self.network.apply,
-                weights,
-                d.x_test,
-                d.y_test,
-                threat=threat,
-                attack=attack,
-                key=self.key("evaluation"),
-                on_batch=show,
-            )
+    def assess(
+        self,
+        name: str,
+        settings: EvaluationConfig | None = None,
+        threat_config: ThreatConfig | None = None,
+    ) -> Assessment:
+        """One trained network on the test images; outcomes of attacks made before are kept.
+
+        Args:
+            name: of the network.
+            settings: attacks, steps and restarts; the run's if not given.
+            threat_config: the threat model; the run's if not given.
+        """
+        settings, ours = settings or self.config.evaluation, self.config.threat
+        threat_config = threat_config or ours
+        ratio = self.config.attack.attack_step_ratio
+        suites = make_suites(settings, threat_config.epsilon, ratio)
+        trained, d = self.load_trained(name), self.dataset
+        dense, transferred = self.paths.evaluation("dense"), None
+        if name != "dense" and threat_config == ours and dense.exists():
+            with np.load(dense) as saved:
+                transferred = saved["attacked"]
+        return assess(
+            self.network.apply,
+            masks.effective(*trained),
+            d.x_test,
+            d.y_test,
+            threat=self.make_threat(threat_config),
+            suites=suites,
+            key=self.key("evaluation"),
+            bar=self.reporter.bar,
+            label=name,
+            folder=self.paths.attacks(name, identity(threat_config, suites)),
+            transferred=transferred,
+            masks=(trained.mask, self.load_ticket(name).mask),
+            chosen_on=d.x_validation,
+        )
 
     def summarise(self) -> dict[str, Any]:
         """Gather `results.json` from the records, draw the figures, write the report."""
@@ -604,6 +633,8 @@ class Run:
             "natural_interval": accuracy["natural_interval"],
             "robust_accuracy": accuracy["robust_accuracy"],
             "robust_interval": accuracy["robust_interval"],
+            "attacks": accuracy["attacks"],
+            "hygiene": accuracy["hygiene"],
             "kernel_distance": first["kernel_distance"],
             "relative_kernel_distance": first["relative_kernel_distance"],
             "target_distance": first["dynamics_gap"],
@@ -684,6 +715,8 @@ def check_names(config: RunConfig) -> None:
     choose("threat model", config.threat.name, threats.THREATS)
     choose("loss", config.train.loss, training.LOSSES)
     choose("criterion", config.train.criterion, CRITERIA)
+    for attack in config.evaluation.attacks:
+        choose("attack", attack, (*ATTACKS, "auto"))
     training.make_optimizer(config.train, 1)
 
 

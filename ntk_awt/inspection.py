@@ -323,10 +323,10 @@ def choose_inputs(
     else:
         if inputs is not None:
             raise InputError("--inputs", expected="none with --images", got=repr(inputs))
-        x1, labels = _load_images(images)
+        x1, labels = load_images(images)
         chosen = Inputs(images.stem, x1, None, labels)
         if images2 is not None:
-            chosen = Inputs(f"{images.stem}-{images2.stem}", x1, _load_images(images2)[0], None)
+            chosen = Inputs(f"{images.stem}-{images2.stem}", x1, load_images(images2)[0], None)
     classes = _check_taken(source, chosen)
     if chosen.labels is not None:
         check_labels("labels", chosen.labels, len(chosen.x1), classes)
@@ -344,7 +344,7 @@ def _probe(run: Run, inputs: str) -> Inputs:
     return Inputs(inputs, x1, x2, run.dataset.y_validation[: len(clean)])
 
 
-def _load_images(path: Path) -> tuple[Any, np.ndarray | None]:
+def load_images(path: Path) -> tuple[Any, np.ndarray | None]:
     """Images, and labels if there are any."""
     what = f"images {path}"
     try:

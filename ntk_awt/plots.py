@@ -284,6 +284,26 @@ def accuracies(networks: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def robustness(records: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Accuracy under attack against the radius, and against the steps of the attack.
+
+    Args:
+        records: for each network the record of its hygiene checks (`hygiene.Hygiene.record`).
+    """
+    figure, (radius, steps) = _figure(2)
+    palette = colors(list(records))
+    for name, record in records.items():
+        for ax, key in ((radius, "radii"), (steps, "steps")):
+            if record[key]:
+                ax.plot(*zip(*record[key], strict=True), ".-", color=palette[name], label=name)
+    counts = sorted({record["images"] for record in records.values()})
+    radius.set(xlabel="ε [pixel units]", ylabel="accuracy under attack", ylim=(0, 1))
+    steps.set(xlabel="steps of the attack", xscale="log", ylim=(0, 1))
+    radius.set_title(f"{' or '.join(map(str, counts))} test images", fontsize=9)
+    radius.legend(frameon=False)
+    return figure
+
+
 def examples(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Test images, and what the attack makes of them for each network.
 

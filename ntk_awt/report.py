@@ -57,6 +57,11 @@ def draw(root: Path) -> dict[str, str]:
             plots.accuracies(networks),
             "Test accuracy with 95 % Clopper–Pearson intervals over the test images.",
         ),
+        "robustness": (
+            plots.robustness({name: values["hygiene"] for name, values in networks.items()}),
+            "Accuracy under the run's first attack, against its radius (at the steps of the "
+            "evaluation) and against its steps (at the threat model's radius).",
+        ),
         "density": (plots.layer_densities(networks), "Density of each layer."),
         "examples": (
             plots.examples(arrays),
@@ -107,15 +112,29 @@ def write(root: Path) -> Path:
         (name, caption, embedded(root / "figures" / f"{name}.svg"))
         for name, caption in draw(root).items()
     ]
-    path = root / "report.html"
+    path, results = root / "report.html", read_results(root)
     text = render(
         "report.html",
         name=root.absolute().name,
-        results=read_results(root),
+        results=results,
+        checks=_checks(results["networks"]),
         figures=figures,
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _checks(networks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The hygiene checks, each with the flags of all networks (None where it was not made)."""
+    tables = [
+        {flag["name"]: flag for flag in values["hygiene"]["flags"]} for values in networks.values()
+    ]
+    known = {name: flag for table in tables for name, flag in table.items()}
+    return [
+        {key: flag[key] for key in ("name", "unit", "meaning")}
+        | {"flags": [table.get(name) for table in tables]}
+        for name, flag in known.items()
+    ]
 
 
 def compare(roots: list[Path], path: Path) -> Path:

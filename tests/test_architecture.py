@@ -39,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"masks", "attacks", "checkpoints"},
     "methods": BASE | {"masks", "attacks", "tickets", "training"},
     "evaluation": BASE | {"attacks"},
+    "hygiene": BASE | {"attacks", "evaluation", "masks"},
+    "assessment": BASE | {"attacks", "evaluation", "hygiene", "masks"},
 }
 """Part of the package → the parts it may import, and whatever those may import (architecture.md).
 
@@ -48,9 +50,10 @@ may import `experiment`.
 """
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ntk_awt"}
 MAY_IMPORT["inspection"] = {"experiment"}
+MAY_IMPORT["robustness"] = {"inspection", "experiment"}
 MAY_IMPORT["linear_study"] = {"linear", "plots", "data"}
 MAY_IMPORT["sweep"] = {"experiment"}
-MAY_IMPORT["cli"] = {"experiment", "inspection", "linear_study", "sweep"}
+MAY_IMPORT["cli"] = {"experiment", "inspection", "linear_study", "robustness", "sweep"}
 
 INTERNALS = (
     "jax._src",

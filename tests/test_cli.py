@@ -119,15 +119,55 @@ def test_ticket_makes_tickets_and_prints_the_layers(ticket_dir):
 def test_evaluate_prints_and_writes_numbers(run_dir, tmp_path, capsys):
     out = tmp_path / "numbers.json"
     arguments = ["evaluate", str(run_dir), "--steps", "2", "--epsilon", "0.05"]
-    assert cli.main([*arguments, "--json", str(out)]) == 0
-    capsys.readouterr()
-    assert cli.main([*arguments, "--networks", "random"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    code = cli.main([*arguments, "--attacks", "pgd", "apgd-ce", "--json", str(out)])
+    first = capsys.readouterr()
     written = json.loads(out.read_text())
+    failed = [f for row in written for f in row["hygiene"]["flags"] if f["status"] == "fail"]
+    assert code == (1 if failed else 0)
+    assert ("failed checks" in first.err) == bool(failed)
+    assert "checks pass" in first.err
+    assert (run_dir / "figures" / "evaluate.svg").exists()
     assert [row["network"] for row in written] == ["dense", "random"]
-    assert printed == written[1:]
-    assert printed[0]["epsilon"] == 0.05
-    assert printed[0]["robust"]["n"] == 60
+    for row in written:
+        assert row["epsilon"] == 0.05
+        assert row["robust"]["n"] == 60
+        assert [turn["attack"] for turn in row["attacks"]] == ["pgd", "apgd-ce"]
+        assert row["robust"]["value"] <= min(turn["robust_accuracy"] for turn in row["attacks"])
+    cli.main([*arguments, "--networks", "random"])
+    (alone,) = json.loads(capsys.readouterr().out.partition("\n")[2])
+    assert alone["robust"] == {**alone["robust"], "value": alone["attacks"][0]["robust_accuracy"]}
+    assert alone["attacks"] == written[1]["attacks"][1:]  # the run's attack, apgd-ce
+
+
+SOURCE = """
+import jax.numpy as jnp
+def network():
+    return lambda w, x: x.reshape(len(x), -1) @ w, 30 * jnp.eye(4)[:, :3]
+"""
+
+
+def test_evaluate_takes_code_and_saved_networks(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_to_attack.py").write_text(SOURCE)
+    x = np.random.default_rng(0).uniform(0.2, 0.8, (40, 2, 2, 1)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", x=x, y=x.reshape(40, 4)[:, :3].argmax(1))
+    arguments = ["evaluate", "mine_to_attack:network", "--images", "images.npz"]
+    options = ["--threat", "l2", "--epsilon", "0.1", "--attacks", "pgd", "--steps", "20"]
+    assert cli.main([*arguments, *options, "--json", "numbers.json"]) == 0
+    (row,) = json.loads((tmp_path / "numbers.json").read_text())
+    assert row["natural"]["value"] == 1
+    # The margin between two logits falls by √2·ε at most.
+    top = np.sort(x.reshape(40, 4)[:, :3], 1)[:, -2:]
+    left = np.mean(np.diff(top)[:, 0] > 0.1 * 2**0.5)
+    assert left <= row["robust"]["value"] <= left + 1 / 40  # PGD may miss one on the boundary
+    assert (tmp_path / "evaluation" / "evaluate.svg").exists()
+
+    file = run_dir / "trained" / "random.safetensors"
+    cli.main(["evaluate", str(file), "--steps", "2", "--json", "saved.json"])
+    (row,) = json.loads((tmp_path / "saved.json").read_text())
+    assert row["network"] == "random"
+    assert row["robust"]["n"] == 60
+    assert "mask" in [flag["name"] for flag in row["hygiene"]["flags"]]
 
 
 @pytest.mark.parametrize("inputs", ["clean", "adversarial", "mixed"])
@@ -547,7 +587,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     ("arguments", "message"),
     [
         (["evaluate", "--networks", "tickt"], "expected one of dense, random"),
-        (["evaluate", "--steps", "-1"], "PGD steps"),
+        (["evaluate", "--steps", "-1"], "evaluation_steps: expected"),
+        (["evaluate", "--attacks", "pdg"], "attack: expected one of apgd-ce"),
+        (["evaluate", "--threat", "l1"], "threat model: expected one of"),
+        (["evaluate", "--images", "images.npz"], "--images: expected none"),
+        (["evaluate", "--out", "folder"], "--out: expected none"),
         (["kernel", "--state", "final"], "expected one of initial, trained"),
         (["kernel", "--inputs", "dirty"], "expected one of adversarial, clean, mixed"),
         (["train", "--networks", "tickt"], "did you mean 'ticket'"),

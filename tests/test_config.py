@@ -92,6 +92,8 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy:
         return st.sampled_from(CHOICES[last])
     if isinstance(kind, types.UnionType):
         return st.none() | values_of(name, typing.get_args(kind)[0])
+    if last == "attacks":
+        return st.lists(text, min_size=1, unique=True).map(tuple)
     if kind == tuple[int, ...]:
         return st.lists(st.integers(1, 4096), max_size=4).map(tuple)
     if last == "variants":
@@ -178,6 +180,8 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ("train.trades_beta", -1.0, "[0, ∞)"),
         ("record.probe_size", 0, "[1, ∞)"),
         ("record.records_per_epoch", 0, "[1, ∞)"),
+        ("evaluation.attacks", (), "one or more, each once"),
+        ("evaluation.attacks", ("pgd", "pgd"), "one or more, each once"),
         ("evaluation.evaluation_steps", -1, "[0, ∞)"),
         ("evaluation.evaluation_restarts", 0, "[1, ∞)"),
     ],

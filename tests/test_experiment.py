@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from ntk_awt import cli, experiment, masks, report
+from ntk_awt import assessment, cli, experiment, masks, report
 from ntk_awt import config as configs
-from ntk_awt.attacks import PGD
+from ntk_awt.attacks import AUTO
 from ntk_awt.config import (
     AttackConfig,
     DataConfig,
@@ -24,6 +25,7 @@ from ntk_awt.config import (
     ModelConfig,
     RecordConfig,
     RunConfig,
+    ThreatConfig,
     TicketConfig,
     TrainConfig,
 )
@@ -161,7 +163,8 @@ def test_probe_is_fixed_perturbed_and_in_the_threat_set(finished):
 
 def test_report_and_figures(finished):
     figures = {p.stem for p in finished.paths.figures.glob("*.svg")}
-    assert figures == {"dynamics", "training", "accuracy", "density", "examples", "search"}
+    drawn = {"dynamics", "training", "accuracy", "robustness", "density", "examples", "search"}
+    assert figures == drawn
     assert figures == {p.stem for p in finished.paths.figures.glob("*.png")}
     text = finished.paths.report.read_text()
     assert text.count("data:image/svg+xml;base64,") == len(figures)
@@ -277,7 +280,7 @@ def test_finished_stages_are_skipped(finished, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for name in ("_search", "_train", "evaluate_network"):
+    for name in ("_search", "_train", "assess"):
         monkeypatch.setattr(experiment.Run, name, fail)
     before = numbers(finished.paths.root)
     experiment.Run(CONFIG, finished.paths.root).run()
@@ -375,14 +378,59 @@ def test_unwritable_folder(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_evaluation_under_another_threat(finished):
-    """ε = 0 gives the natural accuracy, a huge ε gives none."""
-    from ntk_awt.threats import Linf
-
-    none = finished.evaluate_network("dense", PGD(2), Linf(0.0))
+def test_evaluation_under_another_threat(finished, tmp_path):
+    """ε = 0 gives the natural accuracy, a huge ε gives none; the run's own outcomes stay."""
+    root = tmp_path / "run"
+    shutil.copytree(finished.paths.root, root)
+    run = experiment.Run(CONFIG, root)
+    none = run.assess("dense", threat_config=ThreatConfig(epsilon=0.0)).outcome
     assert none.robust == none.natural
-    everything = finished.evaluate_network("dense", PGD(5), Linf(1.0))
+    everything = run.assess("dense", threat_config=ThreatConfig(epsilon=1.0)).outcome
     assert everything.robust.value < 0.2
+    same_arrays(finished.paths.root, root)
+
+
+def test_every_network_has_its_attacks_and_flags(finished):
+    networks = report.read_results(finished.paths.root)["networks"]
+    for name, values in networks.items():
+        (row,) = values["attacks"]
+        assert (row["suite"], row["attack"], row["attacked"]) == ("apgd-ce", "apgd-ce", 60)
+        assert row["robust_accuracy"] == values["robust_accuracy"] == row["survived"] / 60
+        flags = {flag["name"]: flag for flag in values["hygiene"]["flags"]}
+        assert ("transfer" in flags) == (name != "dense")
+        for rule in ("ball", "box", "zero radius", "finite", "deterministic", "mask", "selection"):
+            assert flags[rule]["status"] == "pass", (name, rule)
+    page = finished.paths.report.read_text()
+    assert "zero gradient, dlr" in page
+    assert '<strong class="pass">' in page
+
+
+def test_attacks_that_were_made_are_not_made_again(finished, tmp_path, monkeypatch):
+    """The rest of `auto` goes on where a kill left it, with the same numbers."""
+    root = tmp_path / "run"
+    shutil.copytree(finished.paths.root, root)
+    run = experiment.Run(CONFIG, root)
+    settings = dataclasses.replace(CONFIG.evaluation, full_evaluation=True, evaluation_steps=2)
+    whole = run.assess("dense", settings)
+    assert [turn.attack for turn in whole.turns["auto"]] == list(AUTO)
+    left = [turn.survived for turn in whole.turns["auto"]]
+    assert left == sorted(left, reverse=True)
+    assert [t.attacked for t in whole.turns["auto"]] == [60, *left[:-1]]
+    assert whole.outcome.robust.value == left[-1] / 60
+
+    (file,) = root.glob("evaluation/dense/*/auto-fab-t.npz")
+    file.unlink()
+    made = []
+    honest = assessment.evaluate
+
+    def counted(*args, **kwargs):
+        made.append(type(kwargs["attack"]).__name__)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(assessment, "evaluate", counted)
+    again = run.assess("dense", settings)
+    assert made == ["FAB"]
+    assert again.table() == whole.table()
 
 
 @pytest.mark.slow
