@@ -3,9 +3,12 @@
 40-step PGD is 40 passes of loss and input gradient and one forward pass; a training step under
 10-step PGD is 11 of the former plus one pass of loss and parameter gradient. Both floors are timed
 as a jitted scan of such passes and nothing else, so a ratio of 1 would be free projections, starts,
-and updates.
+and updates. The same PGD is also timed against foolbox (Rauber et al., 2017 and 2020), where it is
+installed: `pip install -e ".[bench]"`.
 """
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,9 +82,46 @@ def attack_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
     )
 
 
+def foolbox_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
+    """40-step PGD against foolbox's, with the same step size and a random start.
+
+    Labels are the network's own predictions, and ε leaves some images right, so that the row also
+    compares what the attacks leave. foolbox returns its last iterate, ours the best one.
+    """
+    foolbox: Any = importlib.import_module("foolbox")
+    x, epsilon, attack = inputs(BATCH).x, 0.03, PGD(steps=40)
+    y = jnp.argmax(network.apply(network.params, x), -1)
+    keys, threat = example_keys(jax.random.key(3), jnp.arange(BATCH)), Linf(epsilon)
+
+    @jax.jit
+    def ours(params: Params, x: jax.Array, y: jax.Array, keys: jax.Array) -> jax.Array:
+        return attack.run(cross_entropy(network.apply, params, y), x, threat, keys)[0]
+
+    model = foolbox.JAXModel(lambda x: network.apply(network.params, x), bounds=threat.bounds)
+    peer = foolbox.attacks.LinfPGD(
+        steps=attack.steps, rel_stepsize=attack.step_ratio / attack.steps, random_start=True
+    )
+
+    def survivors(z: jax.Array) -> int:
+        return int((jnp.argmax(network.apply(network.params, z), -1) == y).sum())
+
+    def theirs() -> jax.Array:
+        return peer(model, x, y, epsilons=epsilon)[0]
+
+    row = compare(
+        f"PGD-40, L∞ ε = {epsilon}, {name}, batch {BATCH}",
+        lambda: ours(network.params, x, y, keys),
+        theirs,
+        f"foolbox {foolbox.__version__}",
+        repeats=repeats,
+    )
+    left = {"ours": survivors(ours(network.params, x, y, keys)), "peer": survivors(theirs())}
+    return row | {"survivors": left}
+
+
 def training_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
-    """Eight training steps under 10-step PGD, through `fit` with all its set-up."""
-    steps = 8
+    """32 training steps under 10-step PGD, through `fit` with all its set-up."""
+    steps = 32
     many = inputs(steps * BATCH)
     config = TrainConfig(epochs=1, batch_size=BATCH)
     params = network.params
@@ -98,9 +138,10 @@ def training_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
 
 
 def run(repeats: int = 5) -> list[dict[str, Any]]:
-    """Two rows for each network."""
-    return [
-        row(name, network, repeats)
-        for name, network in networks().items()
-        for row in (attack_row, training_row)
-    ]
+    """Two rows for each network, and one more where foolbox is installed."""
+    rows = [attack_row, training_row]
+    if importlib.util.find_spec("foolbox") is None:
+        print('left out: foolbox is not installed (pip install -e ".[bench]")', file=sys.stderr)
+    else:
+        rows.append(foolbox_row)
+    return [row(name, network, repeats) for name, network in networks().items() for row in rows]

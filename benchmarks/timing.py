@@ -10,7 +10,6 @@ import jax
 
 from ntk_awt.experiment import versions
 
-
 WARM_UP = 0.3
 """Seconds of calls before one that is timed, for both sides alike."""
 

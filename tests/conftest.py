@@ -15,15 +15,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """Mark as slow what a module's `SLOW` names, as patterns of "test" or "test case".
 
-    They are further cases of what other tests of the default suite show.
+    They are further cases of what other tests of the default suite show. A pattern that names
+    nothing is an error, unless single tests were asked for.
     """
+    used: dict[tuple[str, str], bool] = {}
     for item in items:
         name = item.name.replace("[", " ", 1).removesuffix("]")
-        if any(fnmatchcase(name, pattern) for pattern in getattr(item.module, "SLOW", ())):
-            item.add_marker(pytest.mark.slow)
+        for pattern in getattr(item.module, "SLOW", ()):
+            hit = fnmatchcase(name, pattern)
+            known = (item.path.name, pattern)
+            used[known] = used.get(known, False) or hit
+            if hit:
+                item.add_marker(pytest.mark.slow)
+    idle = [f"{module}: {pattern}" for (module, pattern), found in used.items() if not found]
+    if idle and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"SLOW names no test: {', '.join(idle)}")
 
 
 @pytest.fixture(scope="session")

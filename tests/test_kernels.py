@@ -32,6 +32,7 @@ SLOW = (
     "test_computing_in_a_smaller_type [cp]*",
     "test_derivatives_agree_with_finite_differences layerwise-soft",
     "test_other_engines_in_all_settings contraction-*",
+    "test_derivatives_agree_with_finite_differences products",
 )
 
 IMAGE = (8, 8, 1)

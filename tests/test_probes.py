@@ -30,6 +30,8 @@ SLOW = (
     "test_products_are_those_with_the_explicit_kernel mlp-real",
     "test_means_over_many_draws_are_exact symmetric",
     "test_intervals_cover_nine_times_in_ten symmetric",
+    "test_means_over_many_draws_are_exact mlp",
+    "test_ritz_values_lie_within_their_residuals 4",
 )
 
 IMAGE = (6, 6, 1)

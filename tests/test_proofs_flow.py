@@ -6,7 +6,10 @@ import pytest
 from proofs_check import d1_flow, d2_energy, d3_frozen
 from tests.proofs import check, why
 
-SLOW = ("test_d1_needs_float64",)
+SLOW = (
+    "test_d1_needs_float64",
+    "test_d3_needs_float64",
+)
 
 
 @pytest.mark.parametrize("name", ["D1", "D2", "D3"])

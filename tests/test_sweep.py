@@ -12,6 +12,8 @@ from ntk_awt import cli, sweep
 from ntk_awt.errors import InputError
 from ntk_awt.experiment import Paths, Silent
 
+SLOW = ("test_finished_runs_are_not_run_again",)
+
 TEXT = """
 networks = ["dense", "random", "rewind", "mine"]
 data = {train_size = 200, test_size = 60}
