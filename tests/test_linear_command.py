@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from ntk_awt import cli, evaluation, experiment, linear, linear_study, threats
+from ntk_awt import cli, experiment, linear, linear_study, threats
 from ntk_awt import config as configs
 from ntk_awt.config import ThreatConfig
+from ntk_awt.errors import InputError
 from ntk_awt.linear.experiments import in_parallel
 from tests.test_experiment import CONFIG
 
@@ -326,13 +327,12 @@ def test_evaluate_under_the_strong_threat(monkeypatch, tmp_path):
     run = experiment.Run(STRONG, tmp_path)
     seen = []
 
-    def evaluate(self: Any, name: str, attack: Any, threat: Any) -> evaluation.Evaluation:
-        seen.append(threat)
-        right = evaluation.proportion(np.ones(2, bool))
-        return evaluation.Evaluation(right, right, *[np.ones(2)] * 3)
+    def stop(self: Any, name: str, settings: Any, threat: Any) -> None:
+        seen.append(self.make_threat(threat))
+        raise InputError("stop", expected="here", got="here")
 
-    monkeypatch.setattr(experiment.Run, "evaluate_network", evaluate)
-    assert cli.main(["evaluate", str(tmp_path), "--epsilon", "2"]) == 0
+    monkeypatch.setattr(experiment.Run, "assess", stop)
+    assert cli.main(["evaluate", str(tmp_path), "--epsilon", "2"]) == 2
     (threat,) = seen
     assert isinstance(threat, threats.StrongL2)
     assert (float(threat.epsilon), float(threat.delta)) == (2.0, pytest.approx(0.2))
