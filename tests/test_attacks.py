@@ -48,6 +48,8 @@ SLOW = (
     "* apgd-dlr-linf",
     "test_[!ca]* fab-t-*l2",
     "test_[!ca]* square-*l2",
+    "test_a* fab-t-*l2",
+    "test_a* square-*l2",
     "test_float64 fab-*",
     "test_float64 square-*",
     "test_float64 apgd-*",

@@ -33,6 +33,8 @@ from ntk_awt.hygiene import (
 from ntk_awt.threats import L2, Linf
 from tests import threat_models
 
+SLOW = ("test_sound_under_other_threats_and_attacks strong-l2",)
+
 N, D, CLASSES = 60, 6, 3
 RNG = np.random.default_rng(0)
 # At this scale the softmax is near its maximum, so that the cross-entropy finds the closest class.
