@@ -18,6 +18,7 @@ _MODULES = (
     "errors",
     "evaluation",
     "experiment",
+    "files",
     "hygiene",
     "inspection",
     "kernels",

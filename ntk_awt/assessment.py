@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ntk_awt import hygiene
+from ntk_awt import files, hygiene
 from ntk_awt.attacks import Attack, suite
 from ntk_awt.config import EvaluationConfig
 from ntk_awt.evaluation import Evaluation, combine, evaluate, proportion
@@ -33,14 +32,17 @@ class Turn(NamedTuple):
     Attributes:
         attack: its name.
         attacked: images that it was tried on.
-        survived: those of them that are still right.
         outcome: accuracies after this attack and all before it in the suite.
     """
 
     attack: str
     attacked: int
-    survived: int
     outcome: Evaluation
+
+    @property
+    def survived(self) -> int:
+        """Images that are still right."""
+        return int(self.outcome.robust_correct.sum())
 
 
 class Assessment(NamedTuple):
@@ -73,17 +75,13 @@ class Assessment(NamedTuple):
 
 
 def _save(path: Path, turn: Turn) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(
-        partial,
-        attacked=turn.attacked,
-        survived=turn.survived,
-        natural=turn.outcome.natural_correct,
-        robust=turn.outcome.robust_correct,
-        images=turn.outcome.images[: hygiene.IMAGES],  # all that is looked at again
-    )
-    os.replace(partial, path)
+    arrays = {
+        "attacked": turn.attacked,
+        "natural": turn.outcome.natural_correct,
+        "robust": turn.outcome.robust_correct,
+        "images": turn.outcome.images[: hygiene.IMAGES],  # all that is looked at again
+    }
+    files.save_arrays(path, arrays)
 
 
 def _load(path: Path, attack: str, x: np.ndarray) -> Turn:
@@ -93,7 +91,7 @@ def _load(path: Path, attack: str, x: np.ndarray) -> Turn:
         natural, robust = saved["natural"], saved["robust"]
         images[: len(saved["images"])] = saved["images"]
         outcome = Evaluation(proportion(natural), proportion(robust), natural, robust, images)
-        return Turn(attack, int(saved["attacked"]), int(saved["survived"]), outcome)
+        return Turn(attack, int(saved["attacked"]), outcome)
 
 
 def identity(*settings: Any) -> str:
@@ -101,9 +99,7 @@ def identity(*settings: Any) -> str:
     return hashlib.sha256(json.dumps([repr(s) for s in settings]).encode()).hexdigest()[:8]
 
 
-def make_suites(
-    settings: EvaluationConfig, epsilon: float, step_ratio: float = 2.5
-) -> dict[str, Suite]:
+def make_suites(settings: EvaluationConfig, epsilon: float, step_ratio: float) -> dict[str, Suite]:
     """The attacks of an evaluation, by the name under which they were asked for.
 
     Args:
@@ -161,7 +157,7 @@ def assess(
                 done.append(_load(path, name, np.asarray(x)))
                 continue
             before = done[-1].outcome if done else None
-            total = len(x) if before is None else int(before.robust_correct.sum())
+            total = done[-1].survived if done else len(x)
             with bar(f"{label}: {name}", total, "images") as show:
                 found = evaluate(
                     apply,
@@ -174,7 +170,7 @@ def assess(
                     before=before,
                     on_batch=show,
                 )
-            done.append(Turn(name, total, int(found.robust_correct.sum()), found))
+            done.append(Turn(name, total, found))
             _save(path, done[-1])
         turns[asked] = tuple(done)
     outcome = combine([done[-1].outcome for done in turns.values()])

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import config as configs
-from ntk_awt import data, hygiene, masks, methods, models, report, threats, tickets, training
+from ntk_awt import data, files, hygiene, masks, methods, models, report, threats, tickets, training
 from ntk_awt._version import __version__
 from ntk_awt.assessment import Assessment, assess, identity, make_suites
 from ntk_awt.attacks import ATTACKS, CRITERIA, PGD, cross_entropy, example_keys
@@ -121,18 +121,6 @@ class Paths:
         return self.root / "evaluation" / name / identity
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write through a temporary file, so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    _replace(path, lambda partial: np.savez(partial, **arrays))
-
-
 class Log:
     """`metrics.jsonl`: append-only while all goes well, cut back when a stage is resumed."""
 
@@ -150,7 +138,7 @@ class Log:
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        _replace(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+        files.replace(self._path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; rows of the same stage and network from that step on are dropped first."""
@@ -206,7 +194,7 @@ class Run:
         _check_folder(config, self.paths)
         self.threat  # noqa: B018  bad data is reported before anything is written
         root.mkdir(parents=True, exist_ok=True)
-        _replace(self.paths.config, lambda path: configs.save(config, path))
+        files.replace(self.paths.config, lambda path: configs.save(config, path))
         self.log = Log(self.paths.metrics)
 
     # ------------------------------------------------------------ what all stages share
@@ -473,7 +461,7 @@ class Run:
             def on_epoch(record: training.EpochRecord) -> None:
                 observed = jax.device_get(record.observations)
                 arrays = {"step": record.steps, **observed._asdict()}
-                _save_arrays(self.paths.dynamics(name, record.epoch), arrays)
+                files.save_arrays(self.paths.dynamics(name, record.epoch), arrays)
                 validation = evaluate(
                     self.network.apply,
                     masks.effective(*record.ticket),
@@ -566,7 +554,7 @@ class Run:
                 }
             row |= {"attacks": found.table(), "hygiene": found.hygiene.record()}
             self.log.add([row])
-            _save_arrays(self.paths.evaluation(name), arrays)
+            files.save_arrays(self.paths.evaluation(name), arrays)
 
     def assess(
         self,
@@ -617,7 +605,7 @@ class Run:
             "seconds": self._seconds(),
         }
         text = json.dumps(results, indent=2) + "\n"
-        _replace(self.paths.results, lambda path: path.write_text(text, encoding="utf-8"))
+        files.replace(self.paths.results, lambda path: path.write_text(text, encoding="utf-8"))
         report.write(self.paths.root)
         return json.loads(text)
 

@@ -6,7 +6,6 @@ kept, with gain 1. Making a mask takes three separate steps: *scores* say which 
 *allocation* says how many each layer keeps, *selection* keeps exactly that many.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ntk_awt import files
 from ntk_awt.errors import (
     InputError,
     check_finite,
@@ -405,10 +405,9 @@ def save_ticket(ticket: Ticket, path: Path, metadata: dict[str, str] | None = No
         for part, tree in ticket._asdict().items()
         for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(arrays, partial, metadata=metadata)
-    os.replace(partial, path)
+    files.replace(
+        path, lambda partial: safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+    )
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -15,13 +15,14 @@ import pytest
 import ntk_awt
 
 ROOT = Path(ntk_awt.__file__).parents[1]
-BASE = {"errors", "types", "config", "_version"}
+BASE = {"errors", "types", "config", "files", "_version"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "ntk_awt": {"_version"},
     "_version": set(),
     "errors": set(),
     "types": set(),
+    "files": set(),
     "config": {"errors", "types"},
     "checkpoints": {"errors"},
     "plots": {"errors"},
