@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.attacks.base import NetworkLoss, select
-from ntk_awt.attacks.found import Found, better_of, keep, nothing, run_keys, seen, targets_of
+from ntk_awt.attacks.base import NetworkLoss, run_keys, select, wide
+from ntk_awt.attacks.found import Found, better_of, keep, nothing, seen, targets_of
 from ntk_awt.attacks.losses import OBJECTIVES, Objective
 from ntk_awt.errors import check_count, choose
 from ntk_awt.threats import Threat
@@ -165,7 +165,7 @@ class APGD:
             (_, (value, logits)), gradient = jax.value_and_grad(values, has_aux=True)(z)
             state = self._note(state, seen(loss, z, logits), value, gradient, index)
             z, gradient, state = self._check(state, gradient, window)
-            eta, a = state.step.reshape(-1, *[1] * (x.ndim - 1)), jnp.where(index, _MOMENTUM, 1.0)
+            eta, a = wide(state.step, x), jnp.where(index, _MOMENTUM, 1.0)
             moved = threat.project(z + eta * threat.ascent(gradient), x)
             moved = threat.project(z + a * (moved - z) + (1 - a) * (z - state.before), x)
             return state._replace(z=moved.astype(x.dtype), before=z), None

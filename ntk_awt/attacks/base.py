@@ -117,14 +117,24 @@ def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
     return criterion("cross-entropy", apply, params, y)
 
 
+def wide(values: jax.Array, like: Images) -> jax.Array:
+    """One value an image, [n], shaped to broadcast against images."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def select(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
     """`yes` for the images in the mask [n], and `no` for the others."""
-    return jnp.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+    return jnp.where(wide(mask, yes), yes, no)
 
 
 def example_keys(key: Key, indices: jax.Array) -> Key:
     """One key an image, from its index in the data set: results don't depend on the batching."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def run_keys(keys: Key, index: jax.Array) -> Key:
+    """The keys [n] of one restart or step, from the attack's key of each image."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
 
 
 def check_examples(

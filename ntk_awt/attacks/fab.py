@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ntk_awt.attacks.base import NetworkLoss, select
-from ntk_awt.attacks.found import Found, better_of, nothing, run_keys, seen, targets_of
+from ntk_awt.attacks.base import NetworkLoss, run_keys, select, wide
+from ntk_awt.attacks.found import Found, better_of, nothing, seen, targets_of
 from ntk_awt.attacks.losses import targeted_margin
 from ntk_awt.errors import check_count
 from ntk_awt.threats import Threat
@@ -29,10 +29,6 @@ _BACKWARD = 0.9
 
 _NEWTON_STEPS = 12
 """Each one is exact, or passes at least one pixel that has reached the box; 3 to 6 are usual."""
-
-
-def _wide(values: PerExample, like: Images) -> jax.Array:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def to_boundary(threat: Threat, z: Images, gradient: Images, gap: PerExample) -> Images:
@@ -61,20 +57,20 @@ def to_boundary(threat: Threat, z: Images, gradient: Images, gap: PerExample) ->
     low, high = threat.bounds
     axes = tuple(range(1, z.ndim))
     ascent = threat.ascent(gradient)
-    direction = ascent * _wide(jnp.where(gap < 0, -1.0, 1.0).astype(z.dtype), z)
+    direction = ascent * wide(jnp.where(gap < 0, -1.0, 1.0).astype(z.dtype), z)
     room = jnp.where(direction > 0, high - z, z - low)
     ends = jnp.where(direction == 0, 0.0, room / jnp.where(direction == 0, 1.0, abs(direction)))
     gains = gradient * ascent
 
     def newton(_: int, t: PerExample) -> PerExample:
-        free = ends > _wide(t, z)
-        reached = jnp.sum(gains * jnp.minimum(_wide(t, z), ends), axes)
+        free = ends > wide(t, z)
+        reached = jnp.sum(gains * jnp.minimum(wide(t, z), ends), axes)
         slope = jnp.sum(jnp.where(free, gains, 0.0), axes)
         further = (abs(gap) - reached) / jnp.where(slope > 0, slope, 1.0)
         return t + jnp.where(slope > 0, jnp.maximum(further, 0.0), ends.max(axes))
 
     t = jax.lax.fori_loop(0, _NEWTON_STEPS, newton, jnp.zeros(z.shape[:1], z.dtype))
-    return jnp.sign(direction) * jnp.minimum(_wide(t, z) * abs(direction), room)
+    return jnp.sign(direction) * jnp.minimum(wide(t, z) * abs(direction), room)
 
 
 class _State(NamedTuple):
@@ -172,7 +168,7 @@ class FAB:
             from_z = to_boundary(threat, z, gradient, -ahead)
             from_x = to_boundary(threat, x, gradient, slope - ahead)
             a, b = threat.gauge(z + from_z, z), threat.gauge(x + from_x, x)
-            alpha = _wide(jnp.minimum(a / jnp.where(a + b > 0, a + b, 1.0), _BACK_TO_IMAGE), x)
+            alpha = wide(jnp.minimum(a / jnp.where(a + b > 0, a + b, 1.0), _BACK_TO_IMAGE), x)
             moved = (1 - alpha) * (z + _OVERSHOOT * from_z) + alpha * (x + _OVERSHOOT * from_x)
             moved = jnp.clip(moved, *threat.bounds).astype(x.dtype)
             # Where a gradient is not finite there is nowhere to go.

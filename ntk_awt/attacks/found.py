@@ -50,8 +50,3 @@ def targets_of(loss: NetworkLoss, x: Images, count: int) -> Labels:
     logits = loss.logits(x)
     ranked = jax.lax.top_k(logits, min(count + 1, logits.shape[1]))[1]
     return ranked[:, 1:].T
-
-
-def run_keys(keys: jax.Array, index: jax.Array) -> jax.Array:
-    """The keys [n] of one restart or step, from the attack's key of each image."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)

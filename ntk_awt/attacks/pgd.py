@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ntk_awt.attacks.base import LossFn, select
+from ntk_awt.attacks.base import LossFn, run_keys, select
 from ntk_awt.errors import check_count, check_number
 from ntk_awt.threats import Threat
 from ntk_awt.types import Images, Key, PerExample
@@ -61,8 +61,7 @@ class PGD:
             return (threat.project(z + step_size * threat.ascent(gradient), x), best), None
 
         def restart(best: tuple, index: jax.Array) -> tuple:
-            run_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-            z = threat.random_start(run_keys, x) if self.random_start else x
+            z = threat.random_start(run_keys(keys, index), x) if self.random_start else x
             (z, best), _ = jax.lax.scan(step, (z, best), length=self.steps)
             return keep_best(best, z, loss(z)), None
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.attacks.base import NetworkLoss, select
-from ntk_awt.attacks.found import Found, nothing, run_keys, seen
+from ntk_awt.attacks.base import NetworkLoss, run_keys
+from ntk_awt.attacks.found import Found, keep, nothing, seen
 from ntk_awt.attacks.losses import margin
 from ntk_awt.errors import check_count, check_number
 from ntk_awt.threats import Linf, Threat
@@ -106,10 +106,6 @@ def _tiles(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     return pattern.astype(np.float32), number.astype(np.int32)
 
 
-def _signs(key: Key, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jax.random.rademacher(key, shape, dtype)
-
-
 def _normalised(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return v / (jnp.sqrt(jnp.sum(v**2, axes, keepdims=True)) + 1e-12)
 
@@ -178,14 +174,14 @@ class Square:
             better = ~state.found.fooled & (new.fooled | (ahead > state.margin))
             return _State(
                 state.query + 1,
-                Found(*(select(better, a, b) for a, b in zip(new, state.found, strict=True))),
+                keep(better, new, state.found),
                 jnp.where(better, ahead, state.margin),
             )
 
         def stripes(key: Key, image: jax.Array) -> jax.Array:
             if square:
-                return radius * _signs(key, (1, *shape[1:]), x.dtype)
-            flips = _signs(key, (tile.size, shape[2]), x.dtype)[tile]
+                return radius * jax.random.rademacher(key, (1, *shape[1:]), x.dtype)
+            flips = jax.random.rademacher(key, (tile.size, shape[2]), x.dtype)[tile]
             return radius * _normalised(pattern[..., None] * flips, (0, 1, 2))
 
         def propose(key: Key, v: jax.Array, query: jax.Array) -> jax.Array:
@@ -193,7 +189,7 @@ class Square:
             where, elsewhere, sign, turn = jax.random.split(key, 4)
             size = jnp.stack([heights[query], widths[query]])
             free = jnp.asarray(shape[:2]) - size + 1
-            signs = _signs(sign, (1, 1, shape[2]), x.dtype)
+            signs = jax.random.rademacher(sign, (1, 1, shape[2]), x.dtype)
 
             def window(key: Key) -> tuple[jax.Array, jax.Array]:
                 corner = jax.random.randint(key, (2,), 0, free)
