@@ -419,12 +419,13 @@ def check(
     steps: dict[int, float] = {}
 
     def measure_radius(factor: float) -> None:
-        found = subject.under(attack, scaled(threat, factor), key)
+        found = ours if factor == 1 else subject.under(attack, scaled(threat, factor), key)
         radii[factor * float(threat.epsilon)] = found.robust.value
 
     def measure_steps(count: int) -> None:
         changed = dataclasses.replace(attack, steps=count)  # pyright: ignore[reportArgumentType]
-        steps[count] = subject.under(changed, threat, key).robust.value
+        found = ours if changed == attack else subject.under(changed, threat, key)
+        steps[count] = found.robust.value
 
     def others(name: str, right: np.ndarray, meaning: str) -> Flag:
         nonlocal union

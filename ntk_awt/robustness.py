@@ -14,7 +14,7 @@ import numpy as np
 from ntk_awt import masks, plots, threats
 from ntk_awt.assessment import Assessment, assess, identity, make_suites
 from ntk_awt.attacks import ATTACKS
-from ntk_awt.config import EvaluationConfig, ThreatConfig
+from ntk_awt.config import AttackConfig, EvaluationConfig, ThreatConfig
 from ntk_awt.errors import InputError, check_number, choose
 from ntk_awt.experiment import Paths, Reporter, open_run
 from ntk_awt.inspection import Source, load_images, open_source
@@ -137,10 +137,10 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
     source = open_source(name, reporter=reporter)
     run, threat = source.run, ThreatConfig()
     evaluation, bounds, chosen_on = EvaluationConfig(), (0.0, 1.0), None
-    key = jax.random.key(0)
+    attack, key = AttackConfig(), jax.random.key(0)
     if run is not None:
         evaluation, threat, bounds = run.config.evaluation, run.config.threat, run.dataset.bounds
-        key, chosen_on = run.key("evaluation"), run.dataset.x_validation
+        attack, key, chosen_on = run.config.attack, run.key("evaluation"), run.dataset.x_validation
     settings, threat = _settings(request, evaluation, threat)
     x, y = _images(source, request.images)
     built = threats.build(threat, bounds) if run is None else run.make_threat(threat)
@@ -149,7 +149,7 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
     if source.mask is not None and source.gain is not None:
         params = masks.effective(params, source.mask, source.gain)
         kept = (source.mask, source.mask)
-    suites = make_suites(settings, threat.epsilon)
+    suites = make_suites(settings, threat.epsilon, attack.attack_step_ratio)
     found = assess(
         apply,
         params,
