@@ -64,18 +64,25 @@ def passes(network: Network, batch: Inputs, count: int) -> Callable[[], jax.Arra
     return lambda: run(network.params, batch)
 
 
-def attack_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
-    """40-step PGD."""
-    batch, attack, threat = inputs(BATCH), PGD(steps=40), Linf(0.1)
+def attacked(
+    network: Network, batch: Inputs, attack: PGD, threat: Linf
+) -> Callable[[], tuple[jax.Array, jax.Array]]:
+    """The jitted attack: images and losses."""
     keys = example_keys(jax.random.key(3), jnp.arange(BATCH))
 
     @jax.jit
-    def pgd(params: Params, batch: Inputs, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run(params: Params, batch: Inputs, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         return attack.run(cross_entropy(network.apply, params, batch.y), batch.x, threat, keys)
 
+    return lambda: run(network.params, batch, keys)
+
+
+def attack_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
+    """40-step PGD."""
+    batch = inputs(BATCH)
     return compare(
         f"PGD-40, L∞, {name}, batch {BATCH}",
-        lambda: pgd(network.params, batch, keys),
+        attacked(network, batch, PGD(steps=40), Linf(0.1)),
         passes(network, batch, 40),
         "40 bare forward-backward passes",
         repeats=repeats,
@@ -90,13 +97,8 @@ def foolbox_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
     """
     foolbox: Any = importlib.import_module("foolbox")
     x, epsilon, attack = inputs(BATCH).x, 0.03, PGD(steps=40)
-    y = jnp.argmax(network.apply(network.params, x), -1)
-    keys, threat = example_keys(jax.random.key(3), jnp.arange(BATCH)), Linf(epsilon)
-
-    @jax.jit
-    def ours(params: Params, x: jax.Array, y: jax.Array, keys: jax.Array) -> jax.Array:
-        return attack.run(cross_entropy(network.apply, params, y), x, threat, keys)[0]
-
+    y, threat = jnp.argmax(network.apply(network.params, x), -1), Linf(epsilon)
+    ours = attacked(network, Inputs(x, y), attack, threat)
     model = foolbox.JAXModel(lambda x: network.apply(network.params, x), bounds=threat.bounds)
     peer = foolbox.attacks.LinfPGD(
         steps=attack.steps, rel_stepsize=attack.step_ratio / attack.steps, random_start=True
@@ -110,12 +112,12 @@ def foolbox_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
 
     row = compare(
         f"PGD-40, L∞ ε = {epsilon}, {name}, batch {BATCH}",
-        lambda: ours(network.params, x, y, keys),
+        ours,
         theirs,
         f"foolbox {foolbox.__version__}",
         repeats=repeats,
     )
-    left = {"ours": survivors(ours(network.params, x, y, keys)), "peer": survivors(theirs())}
+    left = {"ours": survivors(ours()[0]), "peer": survivors(theirs())}
     return row | {"survivors": left}
 
 
