@@ -9,7 +9,7 @@ installed: `pip install -e ".[bench]"`.
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,12 @@ from ntk_awt.types import Network, Params
 from .timing import compare
 
 BATCH = 128
+SMALL = 32
+"""A batch so small that the MLP's passes cost little beside what surrounds them."""
+EPSILON = {"mlp": 0.01, "lenet5": 0.05}
+"""Radii at which PGD leaves some of the images."""
+STARTS = 5
+"""Runs of each attack whose survivors are counted, each from another start."""
 
 
 def networks() -> dict[str, Network]:
@@ -66,15 +72,18 @@ def passes(network: Network, batch: Inputs, count: int) -> Callable[[], jax.Arra
 
 def attacked(
     network: Network, batch: Inputs, attack: PGD, threat: Linf
-) -> Callable[[], tuple[jax.Array, jax.Array]]:
-    """The jitted attack: images and losses."""
-    keys = example_keys(jax.random.key(3), jnp.arange(BATCH))
+) -> Callable[..., jax.Array]:
+    """The jitted attack: the images it finds, from the start that the seed draws."""
 
     @jax.jit
-    def run(params: Params, batch: Inputs, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return attack.run(cross_entropy(network.apply, params, batch.y), batch.x, threat, keys)
+    def run(params: Params, batch: Inputs, keys: jax.Array) -> jax.Array:
+        return attack.run(cross_entropy(network.apply, params, batch.y), batch.x, threat, keys)[0]
 
-    return lambda: run(network.params, batch, keys)
+    def call(seed: int = 3) -> jax.Array:
+        keys = example_keys(jax.random.key(seed), jnp.arange(len(batch.x)))
+        return run(network.params, batch, keys)
+
+    return call
 
 
 def attack_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
@@ -89,14 +98,14 @@ def attack_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
     )
 
 
-def foolbox_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
+def foolbox_row(name: str, network: Network, repeats: int, n: int = BATCH) -> dict[str, Any]:
     """40-step PGD against foolbox's, with the same step size and a random start.
 
     Labels are the network's own predictions, and ε leaves some images right, so that the row also
-    compares what the attacks leave. foolbox returns its last iterate, ours the best one.
+    compares what the attacks leave: the mean over `STARTS` runs of each.
     """
     foolbox: Any = importlib.import_module("foolbox")
-    x, epsilon, attack = inputs(BATCH).x, 0.03, PGD(steps=40)
+    x, epsilon, attack = inputs(n).x, EPSILON[name], PGD(steps=40, misclassified=True)
     y, threat = jnp.argmax(network.apply(network.params, x), -1), Linf(epsilon)
     ours = attacked(network, Inputs(x, y), attack, threat)
     model = foolbox.JAXModel(lambda x: network.apply(network.params, x), bounds=threat.bounds)
@@ -104,21 +113,25 @@ def foolbox_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
         steps=attack.steps, rel_stepsize=attack.step_ratio / attack.steps, random_start=True
     )
 
-    def survivors(z: jax.Array) -> int:
-        return int((jnp.argmax(network.apply(network.params, z), -1) == y).sum())
-
     def theirs() -> jax.Array:
         return peer(model, x, y, epsilons=epsilon)[0]
 
+    def survivors(images: Iterable[jax.Array]) -> float:
+        right = [jnp.argmax(network.apply(network.params, z), -1) == y for z in images]
+        return float(jnp.stack(right).sum(-1).mean())
+
     row = compare(
-        f"PGD-40, L∞ ε = {epsilon}, {name}, batch {BATCH}",
+        f"PGD-40, L∞ ε = {epsilon}, {name}, batch {n}",
         ours,
         theirs,
         f"foolbox {foolbox.__version__}",
         repeats=repeats,
     )
-    left = {"ours": survivors(ours()[0]), "peer": survivors(theirs())}
-    return row | {"survivors": left}
+    left = {
+        "ours": survivors(ours(seed) for seed in range(STARTS)),
+        "peer": survivors(theirs() for _ in range(STARTS)),
+    }
+    return row | {"survivors": left, "images": n}
 
 
 def training_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
@@ -140,10 +153,11 @@ def training_row(name: str, network: Network, repeats: int) -> dict[str, Any]:
 
 
 def run(repeats: int = 5) -> list[dict[str, Any]]:
-    """Two rows for each network, and one more where foolbox is installed."""
-    rows = [attack_row, training_row]
+    """Two rows for each network, and more where foolbox is installed."""
+    built = networks()
+    rows = [row(*item, repeats) for item in built.items() for row in (attack_row, training_row)]
     if importlib.util.find_spec("foolbox") is None:
         print('left out: foolbox is not installed (pip install -e ".[bench]")', file=sys.stderr)
-    else:
-        rows.append(foolbox_row)
-    return [row(name, network, repeats) for name, network in networks().items() for row in rows]
+        return rows
+    rows += [foolbox_row(*item, repeats) for item in built.items()]
+    return [*rows, foolbox_row("mlp", built["mlp"], repeats, SMALL)]

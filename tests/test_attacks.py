@@ -457,6 +457,26 @@ def test_pgd_against_numpy(steps: int):
     np.testing.assert_allclose(loss, values.max(0), atol=1e-5, rtol=0)
 
 
+def test_pgd_may_prefer_a_misclassified_point():
+    """On its way the loss is highest where ten other classes are all a little below the label's."""
+
+    def apply(_: Any, z: jax.Array) -> jax.Array:
+        rise, late = 10 * (z - 0.6) - 0.1, jax.nn.relu(z - 0.65)
+        others = jnp.repeat(rise - 400 * late, 9, axis=1)
+        return jnp.concatenate([jnp.zeros_like(z), rise + 2 * late, others], axis=1)
+
+    def found(misclassified: bool) -> float:
+        attack = PGD(2, step_ratio=1.0, random_start=False, misclassified=misclassified)
+        result = perturb(attack, apply, (), image, jnp.array([0]), Linf(0.2), jax.random.key(0))
+        assert bool(result.success[0]) is misclassified
+        return float(result.images[0, 0])
+
+    image = jnp.full((1, 1), 0.5)
+    # Visited are 0.5, 0.6 with loss log(1 + 10 e^{−0.1}), and 0.7 with loss log(1 + e).
+    assert found(False) == pytest.approx(0.6, abs=1e-6)
+    assert found(True) == pytest.approx(0.7, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -522,7 +542,8 @@ def test_suites():
     assert list(auto) == list(AUTO) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert auto["square"] == Square(steps=5000)
     assert auto["fab-t"] == FAB(steps=100, restarts=2, targets=9)
-    assert suite("pgd", steps=7, step_ratio=1.5) == {"pgd": PGD(steps=7, step_ratio=1.5)}
+    pgd = PGD(steps=7, step_ratio=1.5, misclassified=True)
+    assert suite("pgd", steps=7, step_ratio=1.5) == {"pgd": pgd}
     for name in ATTACKS:
         assert list(suite(name, steps=3)) == [name]
     with pytest.raises(InputError, match=r"attack: expected one of .*auto"):

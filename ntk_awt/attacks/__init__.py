@@ -62,7 +62,7 @@ def suite(name: str, steps: int, restarts: int = 1, step_ratio: float = 2.5) -> 
     """
     choose("attack", name, (*ATTACKS, "auto"))
     makers: dict[str, Callable[..., Attack]] = ATTACKS | {
-        "pgd": partial(PGD, step_ratio=step_ratio)
+        "pgd": partial(PGD, step_ratio=step_ratio, misclassified=True)
     }
 
     def make(one: str) -> Attack:
