@@ -163,6 +163,9 @@ class TicketConfig:
     inputs: str = _later("dense")
     """Images in the objective: adversarial for the dense network, for the sparse one, for both
     (half of the batch each), or natural."""
+    attack_labels: str = "random"
+    """Labels of the attack in the objective: random (drawn anew, so that the attacked images say
+    nothing of their classes) or true (the sparse network then learns to avoid the right class)."""
     learn_allocation: bool = _later(False)
     """Let scores of all layers compete, so that the search decides each layer's density."""
     reselect: str = _later("regrow")
@@ -203,6 +206,7 @@ class TicketConfig:
         choose("pairs", self.pairs, ("all", "halves"))
         choose("estimator", self.estimator, ("exact", "probes"))
         choose("inputs", self.inputs, ("dense", "sparse", "both", "natural"))
+        choose("attack_labels", self.attack_labels, ("random", "true"))
         choose("reselect", self.reselect, ("regrow", "magnitude"))
         if self.kernel_weight == self.target_weight == 0:
             raise InputError("kernel_weight and target_weight", expected="one above 0", got="0")

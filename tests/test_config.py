@@ -45,6 +45,7 @@ CHOICES = {
     "pairs": ["all", "halves"],
     "estimator": ["exact", "probes"],
     "inputs": ["dense", "sparse", "both", "natural"],
+    "attack_labels": ["random", "true"],
     "reselect": ["regrow", "magnitude"],
 }
 """Settings with a fixed list of values."""

@@ -193,6 +193,40 @@ def test_inputs_name_the_network_that_is_attacked(net, first, problem):
         assert float(loss(found[own]).mean()) > float(loss(found[other]).mean())
 
 
+@pytest.mark.parametrize("labels", ["random", "true"])
+def test_true_labels_leak_into_the_ticket(labels):
+    """A sparse network that matches a dense one under attack, on images of three clear classes.
+
+    The dense network at initialisation knows nothing of them. Under attacks on the true labels the
+    sparse network learns to avoid the right class, which random labels don't teach it.
+    """
+    dense = models.build(ModelConfig(widths=(64,)), (8, 8, 1), 3, jax.random.key(0))
+    y = jnp.arange(600) % 3
+    noise = 0.1 * jax.random.normal(jax.random.key(1), (600, 8, 8, 1))
+    x = jnp.clip(0.5 + 0.2 * jax.random.normal(jax.random.key(2), (3, 8, 8, 1))[y] + noise, 0, 1)
+    problem = tickets.Problem(dense.params, x[300:], y[300:], Linf(0.1), jax.random.key(3))
+    first = draw(dense, problem, "random", MaskConfig(density=0.1))
+    config = change(
+        ticket_steps=300, ticket_batch_size=32, ticket_records=1, attack_labels=labels,
+        kernel_weight=0.0,
+    )  # fmt: skip
+    held_out = tickets.held_out_target(
+        dense.apply, ATTACK, problem._replace(x=x[:300], y=y[:300]), config
+    )
+    found = tickets.search(
+        dense.apply, problem, begin(dense, config, first), held_out,
+        attack=ATTACK, config=config, on_record=lambda state, record: None,
+    )  # fmt: skip
+
+    def preference(params):
+        """Mean centred logit of the right class on clean images that the search has not seen."""
+        logits = dense.apply(params, x[:300])
+        return float((logits - logits.mean(1, keepdims=True))[jnp.arange(300), y[:300]].mean())
+
+    change_of = preference(masks.effective(*found)) - preference(dense.params)
+    assert (change_of < -0.1) is (labels == "true")
+
+
 def test_halves_are_the_kernel_of_two_sets(net, first, problem):
     config = change(pairs="halves", distance="absolute", target_weight=0.0)
     target = on_five(net, problem, config)

@@ -141,12 +141,20 @@ def target_of(
         apply, params: the dense network at initialisation.
         x, y, threat, attack, ticket: see `attacked_inputs`.
         key: random key of the attack and of estimates.
-        config: which inputs, which pairs, exact or estimated.
+        config: which inputs, which labels, which pairs, exact or estimated.
 
     Returns:
         `Target`, traceable.
+
+    Against their true labels, the attacked images have low dense logits at their own classes. The
+    sparse network cannot copy the dense one's sensitivities, but it can tell the classes apart: to
+    match those logits it learns to answer anything but the right class. Labels drawn at random are
+    as adversarial, and there is nothing to learn from them.
     """
     attack_key, rest = jax.random.split(key)
+    if config.attack_labels == "random":
+        classes = jax.eval_shape(apply, params, x).shape[1]
+        y = jax.random.randint(jax.random.fold_in(key, 2), y.shape, 0, classes, y.dtype)
     x = attacked_inputs(
         apply, params, ticket, x, y,
         threat=threat, attack=attack, inputs=config.inputs, key=attack_key,
