@@ -169,8 +169,8 @@ class TicketConfig:
     learn_allocation: bool = _later(False)
     """Let scores of all layers compete, so that the search decides each layer's density."""
     reselect: str = _later("regrow")
-    """regrow (drop the smallest kept weights, grow where the gradient is largest) or magnitude
-    (keep the largest of all, pruned ones at their initial values)."""
+    """regrow (drop the kept weights that change the outputs least, grow where the gradient is
+    largest) or magnitude (keep the largest of all, pruned ones at their initial values)."""
     reselect_every: int = 0
     """awt: re-select the mask every that many steps; 0 keeps it."""
     reselect_fraction: float = 0.1

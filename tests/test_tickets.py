@@ -18,7 +18,7 @@ from ntk_awt.config import MaskConfig, ModelConfig, TicketConfig
 from ntk_awt.errors import InputError
 from ntk_awt.threats import L2, Linf
 from ntk_awt.tickets import baselines
-from ntk_awt.tickets.awt import reselect
+from ntk_awt.tickets.awt import reselect, sensitivity
 from ntk_awt.tickets.concrete import pull, relaxed
 from ntk_awt.tickets.objective import (
     attacked_inputs,
@@ -516,15 +516,17 @@ def test_reselect_against_brute_force():
     w = rng.normal(size=(6, 7)).astype(np.float32)
     mask = rng.random((6, 7)) < 0.4
     gradient = rng.normal(size=(6, 7)).astype(np.float32)
+    scores = rng.random((6, 7)).astype(np.float32)
     params, new = reselect(
         {"k": w * mask, "b": w[0]},
         {"k": mask, "b": mask[0] | True},
+        {"k": scores, "b": w[0]},
         {"k": gradient, "b": w[0]},
         jnp.float32(0.5),
     )
     swap = int(mask.sum() * 0.5)
     inside, outside = np.argwhere(mask), np.argwhere(~mask)
-    dropped = sorted(inside.tolist(), key=lambda at: abs(w[tuple(at)]))[:swap]
+    dropped = sorted(inside.tolist(), key=lambda at: scores[tuple(at)])[:swap]
     grown = sorted(outside.tolist(), key=lambda at: -abs(gradient[tuple(at)]))[:swap]
     expected = mask.copy()
     for at in dropped:
@@ -534,8 +536,21 @@ def test_reselect_against_brute_force():
     np.testing.assert_array_equal(new["k"], expected)
     np.testing.assert_array_equal(params["k"], np.where(expected & mask, w, 0))
     np.testing.assert_array_equal(params["b"], w[0])
-    _, unchanged = reselect({"k": w * mask}, {"k": mask}, {"k": gradient}, jnp.float32(0.0))
+    _, unchanged = reselect(*({"k": a} for a in (w * mask, mask, scores, gradient)), jnp.zeros(()))
     np.testing.assert_array_equal(unchanged["k"], mask)
+
+
+def test_sensitivity_is_the_norm_of_the_derivative(net, first, problem):
+    """On average over draws, against the whole Jacobian; 0 where an input is always 0."""
+    weights, x = masks.effective(*first), problem.x[:4].at[:, 0].set(0.0)
+    found = jax.jit(partial(sensitivity, net.apply, draws=4000))(weights, x, jax.random.key(0))
+    jacobian = jax.jacrev(lambda w: net.apply(w, x).ravel())(weights)
+    for w, s, j in zip(*map(jax.tree.leaves, (weights, found, jacobian)), strict=True):
+        expected = np.abs(w) * np.sqrt(np.square(j).sum(0))
+        # E⟨v,j⟩⁴ ≤ 3‖j‖⁴: the mean square has a relative error of √(2/4000), its root half of it.
+        np.testing.assert_allclose(s, expected, rtol=5 * (2 / 4000) ** 0.5 / 2, atol=1e-7)
+    border = found["dense1"]["kernel"].reshape(8, 8, -1)[0]
+    np.testing.assert_array_equal(border, np.zeros_like(border))
 
 
 def test_reselection_by_magnitude_lets_pruned_weights_return(net, first, held_out):

@@ -1,10 +1,11 @@
 """The adversarial-winning-ticket solver: optimise the kept weights, re-select the mask if asked.
 
 Source of the idea: Shi et al., "Finding dynamics preserving adversarial winning tickets" (2022).
-Source of regrowth (drop the smallest kept weights, grow where the gradient is largest, as many,
-with a share that falls along a cosine): Evci et al., "Rigging the lottery" (2020); of re-selection
-by magnitude with pruned weights at their initial values: Liu & Zenke, "Finding trainable sparse
-networks through Neural Tangent Transfer" (2020).
+Source of regrowth (drop kept weights, grow as many where the gradient is largest, with a share that
+falls along a cosine): Evci et al., "Rigging the lottery" (2020), who drop the smallest; here the
+least sensitive go, since a large weight behind a pixel that is always black is of no use. Source of
+re-selection by magnitude with pruned weights at their initial values: Liu & Zenke, "Finding
+trainable sparse networks through Neural Tangent Transfer" (2020).
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +26,10 @@ from ntk_awt.tickets.objective import (
     terms,
 )
 from ntk_awt.tickets.solver import Solver, SolverState, kept_counts
-from ntk_awt.types import ApplyFn, Key, Mask, Params
+from ntk_awt.types import ApplyFn, Images, Key, Mask, Params
+
+DRAWS = 16
+"""Reverse passes of an estimated sensitivity."""
 
 
 class Memory(NamedTuple):
@@ -36,12 +40,38 @@ class Memory(NamedTuple):
     pruned: Params
 
 
-def reselect(params: Params, mask: Mask, gradient: Params, share: jax.Array) -> tuple[Params, Mask]:
-    """Drop the smallest kept weights of each layer and grow as many pruned ones.
+def sensitivity(apply: ApplyFn, params: Params, x: Images, key: Key, draws: int = DRAWS) -> Params:
+    """What removing a weight takes from the outputs, to first order: |w| ‖∂f(x)/∂w‖.
+
+    ‖∂f/∂w‖² = E⟨v, ∂f/∂w⟩² over random signs v of all outputs, estimated by the mean of a few
+    draws. It is exactly 0 where nothing depends on a weight, e.g. behind a pixel that is always 0.
+
+    Args:
+        apply: `(params, x) -> logits`.
+        params: effective weights w.
+        x: images [n, *shape].
+        key: of the signs.
+        draws: reverse passes.
+    """
+    logits, back = jax.vjp(lambda w: apply(w, x), params)
+
+    def once(key: Key) -> Params:
+        (slope,) = back(jax.random.rademacher(key, logits.shape, logits.dtype))
+        return jax.tree.map(jnp.square, slope)
+
+    squares = jax.lax.map(once, jax.random.split(key, draws))
+    return jax.tree.map(lambda w, s: jnp.abs(w) * jnp.sqrt(s.mean(0)), params, squares)
+
+
+def reselect(
+    params: Params, mask: Mask, scores: Params, gradient: Params, share: jax.Array
+) -> tuple[Params, Mask]:
+    """Drop the kept weights of each layer with the lowest scores and grow as many pruned ones.
 
     Args:
         params: θ.
         mask: m; every leaf keeps its number of entries, exactly.
+        scores: of the kept weights, not negative.
         gradient: of the objective with respect to the effective weights, pruned ones included.
         share: of the kept weights to replace, traced scalar in [0, 1].
 
@@ -49,16 +79,16 @@ def reselect(params: Params, mask: Mask, gradient: Params, share: jax.Array) -> 
         θ with dropped and grown weights at zero, and the new mask.
     """
 
-    def leaf(w: jax.Array, m: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def leaf(w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         if not is_prunable(w):
             return w, m
         kept = jnp.sum(m)
         swap = jnp.minimum(jnp.floor(share * kept).astype(kept.dtype), m.size - kept)
-        stay = top_k(jnp.where(m, jnp.abs(w), -1.0), kept - swap)
+        stay = top_k(jnp.where(m, s, -1.0), kept - swap)
         grow = top_k(jnp.where(m, -1.0, jnp.abs(g)), swap)
         return jnp.where(stay, w, 0.0), jnp.logical_or(stay, grow)
 
-    leaves = [jax.tree.leaves(tree) for tree in (params, mask, gradient)]
+    leaves = [jax.tree.leaves(tree) for tree in (params, mask, scores, gradient)]
     new_params, new_mask = zip(*map(leaf, *leaves), strict=True)
     structure = jax.tree.structure(params)
     return structure.unflatten(new_params), structure.unflatten(new_mask)
@@ -103,10 +133,12 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
             found = terms(apply, state.ticket, target, config, at=weights)
             return objective(found, config, state.memory.balance if config.balance else 1.0)
 
-        gradient = jax.grad(loss)(effective(params, mask, gain))
+        weights = effective(params, mask, gain)
+        gradient = jax.grad(loss)(weights)
+        scores = sensitivity(apply, weights, target.x, target.key)
         done = state.step / config.ticket_steps
         share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * done))
-        return Ticket(*reselect(params, mask, gradient, share), gain)
+        return Ticket(*reselect(params, mask, scores, gradient, share), gain)
 
     def largest(state: SolverState) -> tuple[Ticket, Params]:
         params, mask, gain = state.ticket
