@@ -536,7 +536,8 @@ def test_reselect_against_brute_force():
     np.testing.assert_array_equal(new["k"], expected)
     np.testing.assert_array_equal(params["k"], np.where(expected & mask, w, 0))
     np.testing.assert_array_equal(params["b"], w[0])
-    _, unchanged = reselect(*({"k": a} for a in (w * mask, mask, scores, gradient)), jnp.zeros(()))
+    trees = [{"k": jnp.asarray(a)} for a in (w * mask, mask, scores, gradient)]
+    _, unchanged = reselect(trees[0], trees[1], trees[2], trees[3], jnp.zeros(()))
     np.testing.assert_array_equal(unchanged["k"], mask)
 
 
