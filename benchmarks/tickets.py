@@ -125,8 +125,9 @@ def run(repeats: int = 3) -> list[dict[str, Any]]:
         warnings.simplefilter("ignore")  # neural-tangents' notes on its own settings
         ntt = resolve(RunConfig(mask=MaskConfig(density=0.03, allocation="uniform")), "ntt")
         ntt = ntt._replace(ticket=dataclasses.replace(ntt.ticket, ticket_batch_size=64))
-        erk = MaskConfig(density=0.03)
+        erk, attacked = MaskConfig(density=0.03), TicketConfig(inputs="dense")
         return [
             _row("NTT search, MLP 784-300-100-10, 3 %", ntt.ticket, ntt.mask, repeats),
-            _row("awt search with PGD-10, MLP, ERK 3 %", TicketConfig(), erk, repeats),
+            _row("awt search, MLP, ERK 3 %", TicketConfig(), erk, repeats),
+            _row("awt search with PGD-10, MLP, ERK 3 %", attacked, erk, repeats),
         ]

@@ -136,7 +136,7 @@ class TicketConfig:
     (weights removed in rounds)."""
     start: str = _later("random")
     """The mask to start from: the name of a baseline (random, magnitude, snip, …)."""
-    ticket_steps: int = 300
+    ticket_steps: int = 600
     """Optimiser steps of the search."""
     ticket_learning_rate: float = 1e-3
     """Adam's peak step size for the weights; it follows a cosine to zero."""
@@ -160,9 +160,9 @@ class TicketConfig:
     """all (the kernel of a batch with itself) or halves (of its first with its second half)."""
     estimator: str = _later("exact")
     """exact, or probes: estimated kernel distances, for kernels that do not fit into memory."""
-    inputs: str = _later("dense")
-    """Images in the objective: adversarial for the dense network, for the sparse one, for both
-    (half of the batch each), or natural."""
+    inputs: str = "natural"
+    """Images in the objective: natural, or adversarial for the dense network, for the sparse one,
+    or for both (half of the batch each)."""
     attack_labels: str = "random"
     """Labels of the attack in the objective: random (drawn anew, so that the attacked images say
     nothing of their classes) or true (the sparse network then learns to avoid the right class)."""
@@ -171,9 +171,9 @@ class TicketConfig:
     reselect: str = _later("regrow")
     """regrow (drop the kept weights that change the outputs least, grow where the gradient is
     largest) or magnitude (keep the largest of all, pruned ones at their initial values)."""
-    reselect_every: int = 0
+    reselect_every: int = 20
     """awt: re-select the mask every that many steps; 0 keeps it."""
-    reselect_fraction: float = 0.1
+    reselect_fraction: float = 0.3
     """regrow: share of each layer's kept weights that one re-selection may replace, in (0, 1]."""
     temperature: float = _later(0.67)
     """concrete: temperature of the relaxed Bernoulli mask."""

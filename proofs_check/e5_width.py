@@ -260,6 +260,7 @@ def ticket_gaps(
         ticket_learning_rate=0.03,
         ticket_batch_size=len(setting.x),  # drawn with replacement
         distance="absolute",
+        reselect_every=0,
         ticket_records=1,
     )
     attack = PGD(steps=0, random_start=False)

@@ -540,7 +540,9 @@ def _train(
     for name in names:
         start[name] = _sparse(name, context.rng(4), params)
         if name == NEAR:
-            search = TicketConfig(ticket_steps=context.pick(1, 100, 300), attack_labels="true")
+            search = TicketConfig(
+                ticket_steps=context.pick(1, 100, 300), inputs="dense", attack_labels="true"
+            )
             batch = (digits.x_train[:16], digits.y_train[:16])
             start[name] = _near(network.apply, params, start[name], *batch, keys[0], search)
     epochs = context.pick(0, 6, 20)

@@ -284,7 +284,9 @@ class Trainings:
         images, labels = (jnp.asarray(values[: self.n // 2]) for values in (x, y))
         threat, key = make_threat("linf"), self.key(2)
         problem = tickets.Problem(network.params, images, labels, threat, key)
-        config = TicketConfig(ticket_steps=30, ticket_learning_rate=1e-2, attack_labels="true")
+        config = TicketConfig(
+            ticket_steps=30, ticket_learning_rate=1e-2, inputs="dense", attack_labels="true"
+        )
 
         @partial(jax.jit, compiler_options=QUICKLY)
         def search(start: Ticket, problem: tickets.Problem) -> Ticket:

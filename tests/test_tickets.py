@@ -47,6 +47,8 @@ CONFIG = TicketConfig(
     ticket_batch_size=4,
     ticket_records=4,
     ticket_learning_rate=5e-3,
+    inputs="dense",
+    reselect_every=0,
     rounds=4,
 )
 ATTACK = PGD(steps=3)

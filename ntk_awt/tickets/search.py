@@ -61,8 +61,8 @@ PRESETS: dict[str, VariantConfig] = {
 
 ntt: Neural Tangent Transfer (Liu & Zenke, 2020): natural inputs, the Jacobian of all weights, the
 kernel between the halves of a batch, re-selection by magnitude with pruned weights at their initial
-values. Its λ = 1e-3 is in units of β² + λα²: the demo starts at distances 6439 and 1.022, a ratio of
-6300; α²/β² is 6800 at the start here, and ten times less in means over entries.
+values. Its λ = 1e-3 is in units of β² + λα²: its public demo starts at distances 6439 and 1.022, a
+ratio of 6300; α²/β² is 6800 at the start here, and ten times less in means over entries.
 """
 
 
