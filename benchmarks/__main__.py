@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,8 @@ def main(
     """
     for name in names:
         choose("benchmark", name, BENCHMARKS)
-    rows = [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]
+    with jax.default_matmul_precision("highest"):  # or a GPU's peers would compute in TF32
+        rows = [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]
     table = Table("what", "ours", "peer", "unit", "peer / ours", "first call \\[s]", "peer is")
     for row in rows:
         ours, peer, ratio, first = (

@@ -168,9 +168,10 @@ class TicketConfig:
     nothing of their classes) or true (the sparse network then learns to avoid the right class)."""
     learn_allocation: bool = _later(False)
     """Let scores of all layers compete, so that the search decides each layer's density."""
-    reselect: str = _later("regrow")
+    reselect: str = "regrow-units"
     """regrow (drop the kept weights that change the outputs least, grow where the gradient is
-    largest) or magnitude (keep the largest of all, pruned ones at their initial values)."""
+    largest), regrow-units (the same for each unit, which keeps its number of incoming weights) or
+    magnitude (keep the largest of all, pruned ones at their initial values)."""
     reselect_every: int = 20
     """awt: re-select the mask every that many steps; 0 keeps it."""
     reselect_fraction: float = 0.3
@@ -207,7 +208,7 @@ class TicketConfig:
         choose("estimator", self.estimator, ("exact", "probes"))
         choose("inputs", self.inputs, ("dense", "sparse", "both", "natural"))
         choose("attack_labels", self.attack_labels, ("random", "true"))
-        choose("reselect", self.reselect, ("regrow", "magnitude"))
+        choose("reselect", self.reselect, ("regrow", "regrow-units", "magnitude"))
         if self.kernel_weight == self.target_weight == 0:
             raise InputError("kernel_weight and target_weight", expected="one above 0", got="0")
         if self.pairs == "halves" and self.ticket_batch_size < 2:

@@ -46,7 +46,7 @@ CHOICES = {
     "estimator": ["exact", "probes"],
     "inputs": ["dense", "sparse", "both", "natural"],
     "attack_labels": ["random", "true"],
-    "reselect": ["regrow", "magnitude"],
+    "reselect": ["regrow", "regrow-units", "magnitude"],
 }
 """Settings with a fixed list of values."""
 
@@ -171,7 +171,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ("ticket.pairs", "half", "one of all, halves"),
         ("ticket.estimator", "probe", "one of exact, probes"),
         ("ticket.inputs", "clean", "one of both, dense, natural, sparse"),
-        ("ticket.reselect", "magnitud", "one of magnitude, regrow"),
+        ("ticket.reselect", "magnitud", "one of magnitude, regrow, regrow-units"),
         ("ticket.distance", "abs", "one of absolute, relative"),
         ("ticket.jacobian", "dense", "one of full, masked"),
         ("train.epochs", 0, "[1, ∞)"),

@@ -513,7 +513,8 @@ def test_the_density_is_pulled_to_its_target(learned):
     np.testing.assert_array_equal(logits["b"], np.zeros(5))
 
 
-def test_reselect_against_brute_force():
+@pytest.mark.parametrize("units", [False, True])
+def test_reselect_against_brute_force(units):
     rng = np.random.default_rng(0)
     w = rng.normal(size=(6, 7)).astype(np.float32)
     mask = rng.random((6, 7)) < 0.4
@@ -525,16 +526,17 @@ def test_reselect_against_brute_force():
         {"k": scores, "b": w[0]},
         {"k": gradient, "b": w[0]},
         jnp.float32(0.5),
+        units=units,
     )
-    swap = int(mask.sum() * 0.5)
-    inside, outside = np.argwhere(mask), np.argwhere(~mask)
-    dropped = sorted(inside.tolist(), key=lambda at: scores[tuple(at)])[:swap]
-    grown = sorted(outside.tolist(), key=lambda at: -abs(gradient[tuple(at)]))[:swap]
     expected = mask.copy()
-    for at in dropped:
-        expected[tuple(at)] = False
-    for at in grown:
-        expected[tuple(at)] = True
+    for columns in [[k] for k in range(7)] if units else [list(range(7))]:
+        at = [(i, k) for i in range(6) for k in columns]
+        inside, outside = [a for a in at if mask[a]], [a for a in at if not mask[a]]
+        swap = min(int(len(inside) * 0.5), len(outside))
+        for a in sorted(inside, key=lambda a: scores[a])[:swap]:
+            expected[a] = False
+        for a in sorted(outside, key=lambda a: -abs(gradient[a]))[:swap]:
+            expected[a] = True
     np.testing.assert_array_equal(new["k"], expected)
     np.testing.assert_array_equal(params["k"], np.where(expected & mask, w, 0))
     np.testing.assert_array_equal(params["b"], w[0])
@@ -707,6 +709,7 @@ RESUMED = {
     "awt": {},
     "awt-magnitude": {"reselect": "magnitude", "reselect_every": 3},
     "awt-regrow": {"reselect_every": 3, "inputs": "both"},
+    "awt-regrow-units": {"reselect_every": 3, "reselect": "regrow-units"},
     "saliency": {"solver": "saliency", "patience": 9},
     "concrete": {"solver": "concrete"},
 }

@@ -16,7 +16,7 @@ import optax
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Ticket, effective, is_prunable, top_k
+from ntk_awt.masks import Ticket, effective, is_prunable, top_k, top_k_of_units
 from ntk_awt.tickets.objective import (
     KernelFn,
     Target,
@@ -64,7 +64,13 @@ def sensitivity(apply: ApplyFn, params: Params, x: Images, key: Key, draws: int 
 
 
 def reselect(
-    params: Params, mask: Mask, scores: Params, gradient: Params, share: jax.Array
+    params: Params,
+    mask: Mask,
+    scores: Params,
+    gradient: Params,
+    share: jax.Array,
+    *,
+    units: bool = False,
 ) -> tuple[Params, Mask]:
     """Drop the kept weights of each layer with the lowest scores and grow as many pruned ones.
 
@@ -74,6 +80,7 @@ def reselect(
         scores: of the kept weights, not negative.
         gradient: of the objective with respect to the effective weights, pruned ones included.
         share: of the kept weights to replace, traced scalar in [0, 1].
+        units: do so for each output unit (or channel), which then keeps its number of weights.
 
     Returns:
         θ with dropped and grown weights at zero, and the new mask.
@@ -82,10 +89,11 @@ def reselect(
     def leaf(w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         if not is_prunable(w):
             return w, m
-        kept = jnp.sum(m)
-        swap = jnp.minimum(jnp.floor(share * kept).astype(kept.dtype), m.size - kept)
-        stay = top_k(jnp.where(m, s, -1.0), kept - swap)
-        grow = top_k(jnp.where(m, -1.0, jnp.abs(g)), swap)
+        select = top_k_of_units if units else top_k
+        kept = jnp.sum(m, tuple(range(m.ndim - units)))
+        swap = jnp.minimum(jnp.floor(share * kept).astype(kept.dtype), m.size // kept.size - kept)
+        stay = select(jnp.where(m, s, -1.0), kept - swap)
+        grow = select(jnp.where(m, -1.0, jnp.abs(g)), swap)
         return jnp.where(stay, w, 0.0), jnp.logical_or(stay, grow)
 
     leaves = [jax.tree.leaves(tree) for tree in (params, mask, scores, gradient)]
@@ -138,7 +146,8 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         scores = sensitivity(apply, weights, target.x, target.key)
         done = state.step / config.ticket_steps
         share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * done))
-        return Ticket(*reselect(params, mask, scores, gradient, share), gain)
+        units = config.reselect == "regrow-units"
+        return Ticket(*reselect(params, mask, scores, gradient, share, units=units), gain)
 
     def largest(state: SolverState) -> tuple[Ticket, Params]:
         params, mask, gain = state.ticket
@@ -149,7 +158,7 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
 
     def refresh(state: SolverState, target: Target) -> SolverState:
         memory: Memory = state.memory
-        if config.reselect == "regrow":
+        if config.reselect.startswith("regrow"):
             ticket, pruned = regrow(state, target), memory.pruned
         else:
             ticket, pruned = largest(state)
