@@ -168,7 +168,7 @@ class TicketConfig:
     nothing of their classes) or true (the sparse network then learns to avoid the right class)."""
     learn_allocation: bool = _later(False)
     """Let scores of all layers compete, so that the search decides each layer's density."""
-    reselect: str = "regrow-units"
+    reselect: str = _later("regrow")
     """regrow (drop the kept weights that change the outputs least, grow where the gradient is
     largest), regrow-units (the same for each unit, which keeps its number of incoming weights) or
     magnitude (keep the largest of all, pruned ones at their initial values)."""
