@@ -4,8 +4,9 @@ Source of the idea: Shi et al., "Finding dynamics preserving adversarial winning
 Source of regrowth (drop kept weights, grow as many where the gradient is largest, with a share that
 falls along a cosine): Evci et al., "Rigging the lottery" (2020), who drop the smallest; here the
 least sensitive go, since a large weight behind a pixel that is always black is of no use. Source of
-re-selection by magnitude with pruned weights at their initial values: Liu & Zenke, "Finding
-trainable sparse networks through Neural Tangent Transfer" (2020).
+a constant number of incoming weights a unit: Lasby et al., "Dynamic sparse training with structured
+sparsity" (2024). Source of re-selection by magnitude with pruned weights at their initial values:
+Liu & Zenke, "Finding trainable sparse networks through Neural Tangent Transfer" (2020).
 """
 
 from typing import Any, NamedTuple
