@@ -261,25 +261,6 @@ def top_k(scores: Scores, counts: Counts) -> Mask:
     return jax.tree.map(select, scores, counts)
 
 
-def top_k_of_units(scores: jax.Array, counts: jax.Array) -> jax.Array:
-    """Keep exactly that many of the highest scores of each output unit of one layer.
-
-    Args:
-        scores: [*window, in, out], as of `top_k`.
-        counts: [out], integers.
-
-    Returns:
-        Booleans of the scores' shape.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> top_k_of_units(jnp.array([[1.0, 3.0], [2.0, 4.0]]), jnp.array([1, 2])).tolist()
-        [[False, True], [True, True]]
-    """
-    columns = scores.reshape(-1, scores.shape[-1])
-    return jax.vmap(_highest, in_axes=(1, 0), out_axes=1)(columns, counts).reshape(scores.shape)
-
-
 def make(scores: Scores, density: float, method: str) -> Mask:
     """Allocation, then selection: a mask of exactly that density.
 

@@ -17,7 +17,7 @@ import optax
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Ticket, effective, is_prunable, top_k, top_k_of_units
+from ntk_awt.masks import Ticket, effective, is_prunable, top_k
 from ntk_awt.tickets.objective import (
     KernelFn,
     Target,
@@ -87,15 +87,19 @@ def reselect(
         θ with dropped and grown weights at zero, and the new mask.
     """
 
-    def leaf(w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if not is_prunable(w):
-            return w, m
-        select = top_k_of_units if units else top_k
-        kept = jnp.sum(m, tuple(range(m.ndim - units)))
-        swap = jnp.minimum(jnp.floor(share * kept).astype(kept.dtype), m.size // kept.size - kept)
-        stay = select(jnp.where(m, s, -1.0), kept - swap)
-        grow = select(jnp.where(m, -1.0, jnp.abs(g)), swap)
+    def swapped(
+        w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        kept = jnp.sum(m)
+        swap = jnp.minimum(jnp.floor(share * kept).astype(kept.dtype), m.size - kept)
+        stay = top_k(jnp.where(m, s, -1.0), kept - swap)
+        grow = top_k(jnp.where(m, -1.0, jnp.abs(g)), swap)
         return jnp.where(stay, w, 0.0), jnp.logical_or(stay, grow)
+
+    rule = jax.vmap(swapped, in_axes=-1, out_axes=-1) if units else swapped  # units come last
+
+    def leaf(w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rule(w, m, s, g) if is_prunable(w) else (w, m)
 
     leaves = [jax.tree.leaves(tree) for tree in (params, mask, scores, gradient)]
     new_params, new_mask = zip(*map(leaf, *leaves), strict=True)
