@@ -22,6 +22,11 @@ from tyro.conf import Suppress, arg
 from ntk_awt.errors import InputError, check_number, choose
 
 
+def _later(default: Any) -> Any:
+    """A setting that came later: it enters the run's hash where it is not at its default."""
+    return field(default=default, metadata={"hash": "unless default"})
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they are split."""
@@ -64,12 +69,18 @@ class ModelConfig:
     """σ_w: pre-activations have variance σ_w²·(mean square input) at initialisation."""
     bias_std: float = 0.1
     """σ_b: standard deviation of the bias term at initialisation."""
+    input_mean: float = _later(0.0)
+    """The network sees (x − input_mean)/input_std; images and threat models stay in [0, 1]."""
+    input_std: float = _later(1.0)
+    """See input_mean."""
 
     def __post_init__(self):
         for width in self.widths:
             check_number("widths", width, low=1)
         check_number("weight_std", self.weight_std, low=0, low_open=True)
         check_number("bias_std", self.bias_std, low=0)
+        check_number("input_mean", self.input_mean, low=0, high=1)
+        check_number("input_std", self.input_std, low=0, low_open=True)
         choose("pooling", self.pooling, ("max", "average"))
         choose("parametrization", self.parametrization, ("standard", "ntk"))
 
@@ -120,11 +131,6 @@ class AttackConfig:
     def __post_init__(self):
         check_number("attack_steps", self.attack_steps, low=0)
         check_number("attack_step_ratio", self.attack_step_ratio, low=0, low_open=True)
-
-
-def _later(default: Any) -> Any:
-    """A setting that came later: it enters the run's hash where it is not at its default."""
-    return field(default=default, metadata={"hash": "unless default"})
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class TicketConfig:
     """saliency: rounds of removal, at densities that fall geometrically; 1 is one-shot."""
     ticket_records: int = 10
     """How often both distances are recorded on the held-out batch, evenly spaced."""
+    l2: float = _later(0.0)
+    """awt: adds l2/density · ‖w‖² of the kept weights, without biases, to what is minimised."""
     patience: int = _later(0)
     """Stop after that many records without a better objective on the held-out batch, and take the
     best record's network; 0 takes the last one."""
@@ -200,6 +208,7 @@ class TicketConfig:
         if self.solver == "saliency":
             check_number("rounds", self.rounds, low=1, high=self.ticket_steps)
         check_number("ticket_records", self.ticket_records, low=1)
+        check_number("l2", self.l2, low=0)
         check_number("patience", self.patience, low=0)
         choose("matching", self.matching, ("distances", "kl"))
         choose("distance", self.distance, ("relative", "absolute"))

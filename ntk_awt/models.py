@@ -121,12 +121,14 @@ POOLINGS: dict[str, Callable[[Array], Array]] = {"max": max_pool, "average": ave
 class Classifier(nnx.Module):
     """Convolutions with pooling, then fully connected layers; an MLP has no convolutions.
 
+    The first layer sees (x − input_mean)/input_std.
+
     Args:
         shape: of one input, [height, width, channels] or [features].
         num_classes: number of logits.
         blocks: one tuple of convolution widths a block; every block ends with 2×2 pooling.
         hidden: widths of the hidden fully connected layers.
-        config: activation, pooling, parametrisation, σ_w and σ_b.
+        config: scale of the inputs, activation, pooling, parametrisation, σ_w and σ_b.
         window, padding: of every convolution.
         rngs: source of the initial values.
     """
@@ -145,6 +147,7 @@ class Classifier(nnx.Module):
     ):
         self.activation = ACTIVATIONS[config.activation]
         self.pool = POOLINGS[config.pooling]
+        self.input_scale = (config.input_mean, config.input_std)
         self.conv_names: tuple[tuple[str, ...], ...] = ()
         side, channels = tuple(shape[:2]), shape[-1]
         count = 0
@@ -167,6 +170,8 @@ class Classifier(nnx.Module):
             setattr(self, name, Dense(inputs, outputs, config, rngs=rngs))
 
     def __call__(self, x: Float[Array, "n ..."]) -> Float[Array, "n c"]:
+        mean, std = self.input_scale
+        x = x if self.input_scale == (0.0, 1.0) else (x - mean) / std
         for block in self.conv_names:
             for name in block:
                 x = self.activation(getattr(self, name)(x))

@@ -97,6 +97,7 @@ def reference(name: str, params: Any, x: np.ndarray, config: ModelConfig) -> np.
             return config.weight_std / np.sqrt(fan_in) * kernel, config.bias_std * bias
         return kernel, bias
 
+    x = (x - config.input_mean) / config.input_std
     blocks = {
         "mlp": [],
         "lenet5": [["conv1"], ["conv2"]],
@@ -145,8 +146,20 @@ def test_reference_convolution_is_scipys():
     ],
 )
 def test_forward_pass(name: str, activation: str, pooling: str, parametrization: str):
-    config = config_of(name, parametrization, activation=activation, pooling=pooling)
-    network = small(name, parametrization, activation=activation, pooling=pooling)
+    check_forward_pass(name, parametrization, activation=activation, pooling=pooling)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_the_network_scales_its_inputs(name: str):
+    check_forward_pass(name, "standard", input_mean=0.3, input_std=0.5)
+    x, plain = images(name), small(name)
+    scaled = small(name, input_mean=0.3, input_std=0.5)
+    assert np.abs(scaled.apply(plain.params, x) - plain.apply(plain.params, x)).max() > 0.1
+
+
+def check_forward_pass(name: str, parametrization: str, **changes: Any):
+    config = config_of(name, parametrization, **changes)
+    network = small(name, parametrization, **changes)
     x = images(name)
     expected = reference(name, network.params, x, config)
     assert np.abs(expected).max() > 0.1

@@ -394,6 +394,31 @@ def test_first_step_is_adam_on_the_independent_objective(net, first, held_out):
         assert moved == pytest.approx(-1e-3 * np.sign(ends[0] - ends[1]), rel=1e-2)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_l2_adds_the_gradient_of_the_kept_weights_norm(net, first, held_out, wrong):
+    def slope(l2):  # Adam's first momentum is a tenth of the first gradient
+        config = change(l2=l2)
+        state = begin(net, config, first).solver
+        state, value = tickets.SOLVERS["awt"](net.apply, config, "energy").update(state, held_out)
+        return jax.tree.map(lambda m: 10 * m, state.memory.optimizer[0].mu), value
+
+    def penalty(params):
+        kernels_only = masks.effective(params, first.mask, first.gain)
+        squares = sum(jnp.sum(layer["kernel"] ** 2) for layer in kernels_only.values())
+        return 3.0 / (0.5 if wrong else masks.density(first.mask)) * squares
+
+    (with_it, value), (without, plain) = slope(3.0), slope(0.0)
+    difference = jax.tree.map(jnp.subtract, with_it, without)
+    expected = jax.grad(penalty)(first.params)
+    with pytest.raises(AssertionError) if wrong else contextlib.nullcontext():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            difference,
+            expected,
+        )
+    assert value == plain  # what is reported is J alone
+
+
 def test_scores_follow_the_derivative_in_the_mask(net, first, held_out):
     """Adam's first step is −lr·sign(∂J/∂m), pruned entries included, against differences of J."""
     config = change(solver="awt-scores", score_learning_rate=1e-3)

@@ -333,6 +333,13 @@ def _check(config: ModelConfig, shape: Sequence[int]) -> None:
             got=config.parametrization,
             fix="the kernel of the standard one grows with the width: set parametrization='ntk'",
         )
+    if (config.input_mean, config.input_std) != (0, 1):
+        raise InputError(
+            "input_mean and input_std of an analytic kernel",
+            expected="0 and 1",
+            got=f"{config.input_mean:g} and {config.input_std:g}",
+            fix="standardise the images that the kernel is given",
+        )
     if config.activation == "tanh" and config.bias_std == 0:
         raise InputError(
             "bias_std of an analytic kernel with tanh",
@@ -454,8 +461,8 @@ def network(
         `Analytic(kernel_fn, layer)`.
 
     Raises:
-        InputError: unknown model or activation, standard parametrisation, max pooling, tanh without
-            bias, images too small, densities or kinds that do not fit.
+        InputError: unknown model or activation, standard parametrisation, scaled inputs, max
+            pooling, tanh without bias, images too small, densities or kinds that do not fit.
 
     Source: theory E2, E4; Jacot et al., "Neural tangent kernel" (2018); Arora et al., "On exact
         computation with an infinitely wide neural net" (2019).

@@ -107,12 +107,26 @@ def reselect(
     return structure.unflatten(new_params), structure.unflatten(new_mask)
 
 
+def _decay(ticket: Ticket, l2: float) -> Params:
+    """Gradient of l2/density · ‖γ⊙m⊙θ‖² with respect to θ, biases left out."""
+    params, mask, gain = ticket  # pruned entries of θ are zero
+    prunable = [m for m in jax.tree.leaves(mask) if is_prunable(m)]
+    scale = 2 * l2 * sum(m.size for m in prunable) / sum(jnp.sum(m) for m in prunable)
+    return jax.tree.map(
+        lambda w, g: scale * jnp.square(g) * w if is_prunable(w) else jnp.zeros_like(w),
+        params,
+        gain,
+    )
+
+
 def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
     """Adam with a cosine schedule on the kept weights of a fixed or re-selected mask.
 
+    What it minimises is J + l2/density · ‖γ⊙m⊙θ‖²; what it reports is J.
+
     Args:
         apply: the dense network's function.
-        config: steps, step size, weights of the objective, the Jacobian, the re-selection.
+        config: steps, step size, weights of the objective and of ‖w‖², the Jacobian, re-selection.
         gain: not used: the gain of the start stays, since the weights themselves are optimised.
     """
     schedule = optax.cosine_decay_schedule(config.ticket_learning_rate, config.ticket_steps)
@@ -134,6 +148,8 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
 
         # Zero at pruned weights, whatever the Jacobian: they enter through γ⊙m⊙θ only.
         value, gradient, balance = objective_gradient(compute, params, memory.balance, config)
+        if config.l2:
+            gradient = jax.tree.map(jnp.add, gradient, _decay(state.ticket, config.l2))
         updates, optimizer_state = optimizer.update(gradient, memory.optimizer, params)
         ticket = Ticket(optax.apply_updates(params, updates), mask, gain)
         memory = Memory(optimizer_state, balance, memory.pruned)

@@ -51,7 +51,8 @@ PRESETS: dict[str, VariantConfig] = {
             "jacobian": "full",
             "distance": "absolute",
             "pairs": "halves",
-            "kernel_weight": 1e-3,
+            "kernel_weight": 1e-4,
+            "l2": 1e-3,
             "reselect": "magnitude",
             "reselect_every": 100,
         },
@@ -61,8 +62,8 @@ PRESETS: dict[str, VariantConfig] = {
 
 ntt: Neural Tangent Transfer (Liu & Zenke, 2020): natural inputs, the Jacobian of all weights, the
 kernel between the halves of a batch, re-selection by magnitude with pruned weights at their initial
-values. Its λ = 1e-3 is in units of β² + λα²: its public demo starts at distances 6439 and 1.022, a
-ratio of 6300; α²/β² is 6800 at the start here, and ten times less in means over entries.
+values. Its published code minimises 1e-3 · mean ΔΘ² + mean Δf² + 1e-4/p · ‖w‖², with means over all
+entries; times the 10 classes that is β² + 1e-4 α² + 1e-3/p · ‖w‖².
 """
 
 
