@@ -496,13 +496,13 @@ def check(context: Context) -> Outcome:
     cases += check_linear(drawn("Wishart", rng, linear, 5, 3), rng)
     context.progress(0.3)
     t = trainings.of(context, *context.pick((6, 4), (10, 16), (10, 16)))
-    wanted = [SAME_START, Pair(MLP_CE, "random"), Pair(MLP_CE, "magnitude")]
+    wanted = [SAME_START, *(Pair(MLP_CE, kind) for kind in ("random", "magnitude", "ticket"))]
     label = "from the fastest mode's 1e-3 (0) to the slowest's 3 (1), log scale"
     panels = [Panel("(a) Tightness under flow", f"time {label}", "median of bound/gap", lines)]
     for pair in context.pick(wanted[:1], wanted, wanted):
         some, figures = check_network(t, pair, rng)
         cases += some
-        panels += figures if pair == wanted[0] else []
+        panels += figures if pair.sparse != "magnitude" else []
     return Outcome(cases, [*broken_frozen(), *broken_smooth()], panels)
 
 
