@@ -754,7 +754,10 @@ def test_kernels_are_float32_by_default():
             "pooling of an analytic kernel: expected average, got max; .*pooling='average'",
         ),
         (lambda: network(config_of(activation="tanh", bias_std=0.0), (4,), 1), "bias_std .*tanh"),
-        (lambda: network(config_of(input_std=0.3), (4,), 1), "input_mean and input_std .* 0 and 0.3"),
+        (
+            lambda: network(config_of(input_std=0.3), (4,), 1),
+            "input_mean and input_std .* 0 and 0.3",
+        ),
         (lambda: network(config_of(activation="rely"), (4,), 1), "activation: .*'relu'"),
         (lambda: network(config_of("lenet"), (4,), 1), "model: .*'lenet5'"),
         (lambda: network(config_of("lenet5"), (15, 16, 1), 1), "at least 16×16 pixels"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ntk_awt import cli, sweep
+from ntk_awt import cli, experiment, sweep
 from ntk_awt.errors import InputError
 from ntk_awt.experiment import Paths, Silent
 
@@ -48,6 +48,18 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "small.toml"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiment_files_name_what_there_is(path, quick):
+    config = sweep.load(path, quick=quick)
+    for density in config.densities:
+        experiment.check_names(config.run(density, config.seeds[0]))
+    assert {"dense", *config.base.variants} <= {*config.base.networks} or quick
 
 
 @pytest.fixture(scope="module")
