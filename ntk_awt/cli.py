@@ -6,6 +6,7 @@ interrupted, with the command that resumes.
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ class Settings:
 
         root = self.run_dir or Path("runs") / configs.run_name(self.config)
         opened = Run(self.config, root, Bars())
-        _resume.append(f"ntk-awt run --config {opened.paths.config} --run-dir {root}")
+        _kept.append(root)
         return opened
 
 
@@ -127,7 +128,7 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
         images = dataclasses.replace(config.base.data, data_dir=settings.data_dir)
         config = dataclasses.replace(config, base=dataclasses.replace(config.base, data=images))
     root = settings.run_dir or Path("runs") / (path.stem + "-quick" * settings.quick)
-    _resume.append(f"ntk-awt run --config {path} --run-dir {root}{' --quick' * settings.quick}")
+    _kept.append(root)
     found = sweep.run(config, root, Bars())
     table = _table(*sweep.HEADERS)
     for row in sweep.table_rows(found):
@@ -175,7 +176,7 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
     more = tuple(name for name in networks if name not in config.networks)
     config = dataclasses.replace(config, networks=config.networks + more)
     opened = Run(config, run_dir, Bars())
-    _resume.append(f"ntk-awt train {run_dir}")
+    _kept.append(run_dir)
     opened.make_tickets()
     opened.train(tuple(map(network_label, networks)))
     print(f"trained: {run_dir / 'trained'}")
@@ -216,16 +217,17 @@ def evaluate(
     from ntk_awt import robustness
 
     request = robustness.Request(attacks, threat, epsilon, steps, restarts, images)
-    _resume.append(f"ntk-awt evaluate {source} with the same options")
     if robustness.is_run(source):
         if out is not None:
             raise InputError("--out", expected="none: a run keeps its outcomes", got=str(out))
+        _kept.append(Path(source))
         found = robustness.evaluate_run(Path(source), request, networks, Bars())
         folder = Path(source) / "figures"
     else:
         if networks:
             raise InputError("--networks", expected="none: the source is one network", got="some")
         folder = out or Path("evaluation")
+        _kept.append(folder)
         found = [robustness.evaluate_source(source, request, folder, Bars())]
     rows = [one.record() for one in found]
     console.print(_attacks_table(rows))
@@ -551,8 +553,8 @@ def _layers_table(name: str, rows: list[Any]) -> Table:
 
 # ---------------------------------------------------------------- entry
 
-_resume: list[str] = []
-"""The command that resumes what is running, for Ctrl-C; empty before anything is saved."""
+_kept: list[Path] = []
+"""Folders in which an interrupted command leaves work; the same command goes on from there."""
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run,
@@ -567,24 +569,16 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-def _split_config(arguments: list[str]) -> tuple[RunConfig, list[str]]:
-    """The config to start from (that of --config FILE, if given), and the other arguments."""
-    if "--config" not in arguments:
-        return RunConfig(), arguments
-    at = arguments.index("--config")
-    if at + 1 == len(arguments):
-        raise InputError("--config", expected="a TOML file after it", got="nothing")
-    return configs.load(Path(arguments[at + 1])), arguments[:at] + arguments[at + 2 :]
-
-
-def _sweep_file(arguments: list[str]) -> Path | None:
-    """The config file, if it is that of a sweep."""
-    from ntk_awt import sweep
-
-    if "--config" in arguments[:-1]:
-        path = Path(arguments[arguments.index("--config") + 1])
-        return path if sweep.is_sweep(path) else None
-    return None
+def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The FILE of --config FILE or --config=FILE, if given, and the other arguments."""
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            following = [value] if equals else arguments[at + 1 : at + 2]
+            if not following or not following[0]:
+                raise InputError("--config", expected="a TOML file after it", got="nothing")
+            return Path(following[0]), arguments[:at] + arguments[at + 1 + (not equals) :]
+    return None, arguments
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -602,16 +596,19 @@ def _dispatch(arguments: list[str]) -> int:
         return linear(rest)
     if command not in (run, ticket):
         return tyro.cli(command, prog=f"ntk-awt {name}", args=rest)
-    if command is run and (path := _sweep_file(rest)) is not None:
-        at = rest.index("--config")
-        found = tyro.cli(
-            SweepSettings,
-            prog=f"ntk-awt run --config {path}",
-            description=run_sweep.__doc__,
-            args=rest[:at] + rest[at + 2 :],
-        )
-        return run_sweep(path, found)
-    config, rest = _split_config(rest)
+    path, rest = _split_config(rest)
+    if command is run and path is not None:
+        from ntk_awt import sweep
+
+        if sweep.is_sweep(path):
+            found = tyro.cli(
+                SweepSettings,
+                prog=f"ntk-awt run --config {path}",
+                description=run_sweep.__doc__,
+                args=rest,
+            )
+            return run_sweep(path, found)
+    config = RunConfig() if path is None else configs.load(path)
     settings = tyro.cli(
         Settings,
         prog=f"ntk-awt {name}",
@@ -624,8 +621,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+        return _dispatch(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -638,7 +636,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        how = f"; to resume: {_resume[-1]}" if _resume else ""
+        how = f"; to resume: {shlex.join(['ntk-awt', *arguments])}" if _kept else ""
         print(f"interrupted{how}", file=sys.stderr)
         return 130
 

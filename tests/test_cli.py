@@ -566,6 +566,7 @@ def test_report_redraws_one_and_compares_two(run_dir, tmp_path):
         (["run", "--epsilon", "-1"], "epsilon: expected a number in [0, ∞)"),
         (["run", "--config", "no.toml"], "config file no.toml"),
         (["run", "--config"], "a TOML file after it"),
+        (["run", "--config="], "a TOML file after it"),
         (["evaluate", "nowhere"], "run folder nowhere"),
         (["kernel", "nowhere"], "run folder nowhere"),
         (["train", "nowhere"], "run folder nowhere"),

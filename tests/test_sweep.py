@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,18 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "small.toml"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+def test_ctrl_c_says_the_whole_command(file, tmp_path, monkeypatch, capsys):
+    def interrupt(config, root, reporter):
+        assert config.seeds == (7,)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", interrupt)
+    root = str(tmp_path / "a folder")
+    assert cli.main(["run", f"--config={file}", "--seeds", "7", "--run-dir", root]) == 130
+    command = shlex.split(capsys.readouterr().err.rpartition("to resume: ")[2])
+    assert command == ["ntk-awt", "run", f"--config={file}", "--seeds", "7", "--run-dir", root]
 
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
