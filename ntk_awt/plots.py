@@ -20,6 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 _FIXED = {"dense": "#222222", "ticket": "#c8442e", "random": "#2f6fb0", "magnitude": "#5a9e4b"}
 _OTHERS = ("#8a5fb0", "#c79a2b", "#3aa6a0", "#a0527a", "#777777")
+_MARKERS = "osD^vP*X"
 _GRID = "#dddddd"
 _KERNEL_UNIT = "[logits² / parameter²]"
 
@@ -29,6 +30,15 @@ def colors(networks: Sequence[str]) -> dict[str, str]:
     others = [name for name in networks if name not in _FIXED]
     extra = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
     return {name: to_hex(_FIXED.get(name) or extra[name]) for name in networks}
+
+
+def markers(networks: Sequence[str]) -> dict[str, str]:
+    """One marker a network: those of the same colour have different ones."""
+    palette, found = colors(networks), dict[str, str]()
+    for name, color in palette.items():
+        same = sum(color == palette[other] for other in found)
+        found[name] = _MARKERS[same % len(_MARKERS)]
+    return found
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -48,6 +58,12 @@ def _figure(columns: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend_beside(figure: Figure, labelled: Axes) -> None:
+    """A legend that no number of networks lays over the points."""
+    handles, labels = labelled.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
 
 
 def _networks(rows: Rows) -> list[str]:
@@ -131,7 +147,7 @@ def sweep_accuracy(table: Rows) -> Figure:
             and sd.
     """
     figure, axes = _figure(2)
-    palette = colors(_networks(table))
+    palette, shapes = colors(_networks(table)), markers(_networks(table))
     for ax, part in zip(axes, ("natural", "robust"), strict=True):
         for network, color in palette.items():
             own = sorted(
@@ -144,9 +160,10 @@ def sweep_accuracy(table: Rows) -> Figure:
                 ax.axhline(y[0], color=color, label=network)
             else:
                 bars = np.nan_to_num(sd)
-                ax.errorbar(x, y, bars, color=color, marker=".", capsize=2, label=network)
+                style: dict[str, Any] = {"marker": shapes[network], "markersize": 4}
+                ax.errorbar(x, y, bars, color=color, capsize=2, label=network, **style)
         ax.set(xlabel="density", ylabel=f"{part} accuracy", xscale="log")
-    axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    _legend_beside(figure, axes[1])
     return figure
 
 
@@ -159,7 +176,7 @@ def sweep_steps(rows: Rows, key: str) -> Figure:
     """
     densities = list(dict.fromkeys(row["density"] for row in rows))
     figure, axes = _figure(len(densities), height=3.8)
-    palette = colors(_networks(rows))
+    palette, shapes = colors(_networks(rows)), markers(_networks(rows))
     labels = {
         "dynamics_gap": "‖$f^d_t - f^s_t$‖ / √N  [logits]",
         "relative_kernel_distance": "‖$Θ^d_t - Θ^s_t$‖² / ‖$Θ^d_t$‖²",
@@ -172,10 +189,11 @@ def sweep_steps(rows: Rows, key: str) -> Figure:
                     values.setdefault(row["step"], []).append(row[key])
             if values:
                 means = [np.mean(values[step]) for step in values]
-                ax.plot(list(values), means, color=color, marker=".", label=network)
+                style: dict[str, Any] = {"marker": shapes[network], "markersize": 4}
+                ax.plot(list(values), means, color=color, label=network, **style)
         ax.set_title(f"density {density:g}", fontsize=10)
         ax.set(xlabel="step", ylabel=labels[key], yscale="log")
-    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+    _legend_beside(figure, axes[0])
     return figure
 
 
@@ -188,28 +206,26 @@ def relations(rows: Rows, pairs: Sequence[tuple[str, str]]) -> Figure:
     """
     figure, axes = _figure(len(pairs), height=3.6)
     sparse = [row for row in rows if row["network"] != "dense"]
-    palette = colors(_networks(sparse))
+    palette, shapes = colors(_networks(sparse)), markers(_networks(sparse))
     densities = list(dict.fromkeys(row["target_density"] for row in sparse))
-    markers = dict(zip(densities, "osD^vP*X" * len(densities), strict=False))
     for ax, (first, second) in zip(axes, pairs, strict=True):
         for network, color in palette.items():
-            for density, marker in markers.items():
-                own = [
-                    row
-                    for row in sparse
-                    if (row["network"], row["target_density"]) == (network, density)
-                ]
-                label = network if density == densities[0] else None
-                ax.scatter(
-                    [row[first] for row in own],
-                    [row[second] for row in own],
-                    color=color,
-                    marker=marker,
-                    s=14,
-                    label=label,
-                )
+            own = [row for row in sparse if row["network"] == network]
+            ax.scatter(
+                [row[first] for row in own],
+                [row[second] for row in own],
+                s=[14 * (1 + densities.index(row["target_density"])) for row in own],
+                color=color,
+                marker=shapes[network],
+                label=network,
+            )
         ax.set(xlabel=first.replace("_", " "), ylabel=second.replace("_", " "), xscale="log")
-    axes[0].legend(frameon=False, fontsize=6, ncols=2)
+        if second == "dynamics_gap":
+            ax.set_yscale("log")
+    if len(densities) > 1:
+        sizes = ", ".join(f"{density:g}" for density in densities)
+        figure.suptitle(f"small to large: density {sizes}", fontsize=9)
+    _legend_beside(figure, axes[0])
     return figure
 
 

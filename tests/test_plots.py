@@ -190,3 +190,28 @@ def test_saved_figures_are_the_same_byte_by_byte(tmp_path):
     for suffix in ("svg", "png"):
         one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
         assert one == two
+
+
+def test_networks_of_one_colour_have_different_markers():
+    many = ["dense", "random", *(f"network {i}" for i in range(20))]
+    colors, markers = plots.colors(many), plots.markers(many)
+    assert len({(colors[name], markers[name]) for name in many}) == len(many)
+
+
+def test_relations_shows_every_mask_and_density():
+    many = [f"network {i}" for i in range(12)]
+    rows = [
+        {"network": name, "target_density": density, "a": 10.0**i, "b": i + density}
+        for i, name in enumerate(many)
+        for density in (0.1, 0.3)
+    ]
+    figure = drawn(plots.relations([{"network": "dense"}, *rows], [("a", "b")]))
+    (ax,) = figure.axes
+    for i, points_of_one in enumerate(ax.collections):
+        np.testing.assert_allclose(
+            points_of_one.get_offsets(), [[10.0**i, i + p] for p in (0.1, 0.3)]
+        )
+        small, large = points_of_one.get_sizes()
+        assert small < large
+    assert names(figure) == many
+    assert not overlaps(figure)
