@@ -69,6 +69,8 @@ class ModelConfig:
     """σ_w: pre-activations have variance σ_w²·(mean square input) at initialisation."""
     bias_std: float = 0.1
     """σ_b: standard deviation of the bias term at initialisation."""
+    fan: str = _later("in")
+    """A weight's variance is σ_w² over the fan-in, or over the average of fan-in and fan-out."""
     input_mean: float = _later(0.0)
     """The network sees (x − input_mean)/input_std; images and threat models stay in [0, 1]."""
     input_std: float = _later(1.0)
@@ -83,6 +85,7 @@ class ModelConfig:
         check_number("input_std", self.input_std, low=0, low_open=True)
         choose("pooling", self.pooling, ("max", "average"))
         choose("parametrization", self.parametrization, ("standard", "ntk"))
+        choose("fan", self.fan, ("in", "average"))
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,11 @@ class TicketConfig:
     ticket_steps: int = 600
     """Optimiser steps of the search."""
     ticket_learning_rate: float = 1e-3
-    """Adam's peak step size for the weights; it follows a cosine to zero."""
+    """Adam's step size for the weights."""
     score_learning_rate: float = _later(0.05)
-    """Adam's peak step size for scores of the mask; it follows a cosine to zero."""
+    """Adam's step size for scores of the mask."""
+    ticket_schedule: str = _later("cosine")
+    """Of both step sizes: cosine down to zero, or constant."""
     ticket_batch_size: int = 32
     """Images a step; the kernel of a step is [batch, batch, classes, classes]."""
     matching: str = _later("distances")
@@ -217,6 +222,7 @@ class TicketConfig:
         choose("estimator", self.estimator, ("exact", "probes"))
         choose("inputs", self.inputs, ("dense", "sparse", "both", "natural"))
         choose("attack_labels", self.attack_labels, ("random", "true"))
+        choose("ticket_schedule", self.ticket_schedule, ("cosine", "constant"))
         choose("reselect", self.reselect, ("regrow", "regrow-units", "magnitude"))
         if self.kernel_weight == self.target_weight == 0:
             raise InputError("kernel_weight and target_weight", expected="one above 0", got="0")

@@ -1,6 +1,7 @@
 """Flax (NNX) networks without batch statistics, each in NTK and in standard parametrisation.
 
-A layer with fan-in n computes, with W, b ~ N(0, 1) at initialisation,
+A layer with n its fan-in (or, as Glorot's, the average of fan-in and fan-out) computes, with W, b ~
+N(0, 1) at initialisation,
 
     ntk:       y = (σ_w / √n) · W x + σ_b · b        (the scale is in the forward pass)
     standard:  y = W' x + b',  W' = (σ_w / √n) W,  b' = σ_b b   (the scale is in the weights)
@@ -45,7 +46,9 @@ class Affine(nnx.Module):
     """
 
     def __init__(self, kernel_shape: Sequence[int], config: ModelConfig, *, rngs: nnx.Rngs):
-        weight_scale = config.weight_std / math.sqrt(math.prod(kernel_shape[:-1]))
+        *window, inputs, outputs = kernel_shape
+        fan = inputs if config.fan == "in" else (inputs + outputs) / 2
+        weight_scale = config.weight_std / math.sqrt(math.prod(window) * fan)
         scales = (weight_scale, config.bias_std)
         stored, self.scales = (
             ((1.0, 1.0), scales) if config.parametrization == "ntk" else (scales, (1.0, 1.0))

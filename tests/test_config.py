@@ -38,7 +38,9 @@ from ntk_awt.errors import InputError
 CHOICES = {
     "pooling": ["max", "average"],
     "parametrization": ["standard", "ntk"],
+    "fan": ["in", "average"],
     "gain": ["energy", "none"],
+    "ticket_schedule": ["cosine", "constant"],
     "distance": ["relative", "absolute"],
     "jacobian": ["masked", "full"],
     "matching": ["distances", "kl"],

@@ -93,8 +93,10 @@ def reference(name: str, params: Any, x: np.ndarray, config: ModelConfig) -> np.
     def values(layer: str) -> tuple[np.ndarray, np.ndarray]:
         kernel, bias = (np.asarray(params[layer][k], np.float64) for k in ("kernel", "bias"))
         if config.parametrization == "ntk":
-            fan_in = kernel.size // kernel.shape[-1]
-            return config.weight_std / np.sqrt(fan_in) * kernel, config.bias_std * bias
+            fan = kernel.size // kernel.shape[-1]
+            if config.fan == "average":
+                fan = (fan + kernel.size // kernel.shape[-2]) / 2
+            return config.weight_std / np.sqrt(fan) * kernel, config.bias_std * bias
         return kernel, bias
 
     x = (x - config.input_mean) / config.input_std
@@ -155,6 +157,23 @@ def test_the_network_scales_its_inputs(name: str):
     x, plain = images(name), small(name)
     scaled = small(name, input_mean=0.3, input_std=0.5)
     assert np.abs(scaled.apply(plain.params, x) - plain.apply(plain.params, x)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_average_fan_is_glorots(name: str):
+    check_forward_pass(name, "ntk", fan="average")
+    ntk, standard = (small(name, p, fan="average") for p in ("ntk", "standard"))
+    x = images(name)
+    np.testing.assert_allclose(
+        ntk.apply(ntk.params, x), standard.apply(standard.params, x), rtol=1e-4, atol=1e-5
+    )
+    key, options = jax.random.key(0), {"fan": "average", "weight_std": 1.0}
+    init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+    units, scaled = (small(name, p, **options).params for p in ("ntk", "standard"))
+    for layer, values in scaled.items():
+        shape = values["kernel"].shape
+        scale = init(key, shape) / jax.random.normal(key, shape)
+        np.testing.assert_allclose(values["kernel"] / units[layer]["kernel"], scale, rtol=1e-5)
 
 
 def check_forward_pass(name: str, parametrization: str, **changes: Any):

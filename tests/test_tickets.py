@@ -27,7 +27,7 @@ from ntk_awt.tickets.objective import (
     residuals,
 )
 from ntk_awt.tickets.saliency import removal
-from ntk_awt.tickets.solver import Selection
+from ntk_awt.tickets.solver import Selection, step_size
 from tests.test_kernels import reference
 
 SLOW = (
@@ -417,6 +417,13 @@ def test_l2_adds_the_gradient_of_the_kept_weights_norm(net, first, held_out, wro
             expected,
         )
     assert value == plain  # what is reported is J alone
+
+
+def test_step_sizes_fall_along_a_cosine_or_stay():
+    fall = step_size(0.1, CONFIG)
+    half = CONFIG.ticket_steps // 2
+    np.testing.assert_allclose([fall(0), fall(half), fall(2 * half)], [0.1, 0.05, 0], atol=1e-8)
+    assert step_size(0.1, change(ticket_schedule="constant")) == 0.1
 
 
 def test_scores_follow_the_derivative_in_the_mask(net, first, held_out):

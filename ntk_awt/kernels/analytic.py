@@ -340,6 +340,8 @@ def _check(config: ModelConfig, shape: Sequence[int]) -> None:
             got=f"{config.input_mean:g} and {config.input_std:g}",
             fix="standardise the images that the kernel is given",
         )
+    if config.fan != "in":
+        raise InputError("fan of an analytic kernel", expected="in", got=config.fan)
     if config.activation == "tanh" and config.bias_std == 0:
         raise InputError(
             "bias_std of an analytic kernel with tanh",

@@ -26,7 +26,7 @@ from ntk_awt.tickets.objective import (
     objective_gradient,
     terms,
 )
-from ntk_awt.tickets.solver import Solver, SolverState, kept_counts
+from ntk_awt.tickets.solver import Solver, SolverState, kept_counts, step_size
 from ntk_awt.types import ApplyFn, Images, Key, Mask, Params
 
 DRAWS = 16
@@ -120,7 +120,7 @@ def _decay(ticket: Ticket, l2: float) -> Params:
 
 
 def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
-    """Adam with a cosine schedule on the kept weights of a fixed or re-selected mask.
+    """Adam on the kept weights of a fixed or re-selected mask.
 
     What it minimises is J + l2/density · ‖γ⊙m⊙θ‖²; what it reports is J.
 
@@ -129,8 +129,7 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         config: steps, step size, weights of the objective and of ‖w‖², the Jacobian, re-selection.
         gain: not used: the gain of the start stays, since the weights themselves are optimised.
     """
-    schedule = optax.cosine_decay_schedule(config.ticket_learning_rate, config.ticket_steps)
-    optimizer = optax.adam(schedule)
+    optimizer = optax.adam(step_size(config.ticket_learning_rate, config))
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
         pruned = jax.tree.map(lambda w, m: jnp.where(m, 0, w), params, ticket.mask)

@@ -18,7 +18,7 @@ from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
 from ntk_awt.masks import Ticket, is_prunable
 from ntk_awt.tickets.objective import KernelFn, Target, Terms, objective_gradient, terms
-from ntk_awt.tickets.solver import Selection, Solver, SolverState, kept_counts, regain
+from ntk_awt.tickets.solver import Selection, Solver, SolverState, kept_counts, regain, step_size
 from ntk_awt.types import ApplyFn, Key, Mask, Params
 
 START = 0.5
@@ -105,8 +105,7 @@ def concrete(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         config: steps, step size of the scores, temperature, the objective, the allocation.
         gain: a name in `masks.GAINS`; that of the drawn mask is used in every step.
     """
-    schedule = optax.cosine_decay_schedule(config.score_learning_rate, config.ticket_steps)
-    optimizer = optax.adam(schedule)
+    optimizer = optax.adam(step_size(config.score_learning_rate, config))
     select = Selection(config.learn_allocation)
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:

@@ -21,6 +21,7 @@ from ntk_awt.tickets.solver import (
     SolverState,
     kept_counts,
     regain,
+    step_size,
 )
 from ntk_awt.types import ApplyFn, Gain, Key, Mask, Params
 
@@ -54,11 +55,10 @@ def straight_through(hard: Mask, scores: Any) -> Any:
 
 
 def _solver(apply: ApplyFn, config: TicketConfig, gain: str, *, train_weights: bool) -> Solver:
-    steps = config.ticket_steps
     optimizer = optax.multi_transform(
         {
-            "scores": optax.adam(optax.cosine_decay_schedule(config.score_learning_rate, steps)),
-            "weights": optax.adam(optax.cosine_decay_schedule(config.ticket_learning_rate, steps))
+            "scores": optax.adam(step_size(config.score_learning_rate, config)),
+            "weights": optax.adam(step_size(config.ticket_learning_rate, config))
             if train_weights
             else optax.set_to_zero(),
         },

@@ -53,6 +53,7 @@ PRESETS: dict[str, VariantConfig] = {
             "pairs": "halves",
             "kernel_weight": 1e-4,
             "l2": 1e-3,
+            "ticket_schedule": "constant",
             "reselect": "magnitude",
             "reselect_every": 100,
         },

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
 from ntk_awt.masks import GAINS, Ticket, is_prunable, top_k
 from ntk_awt.tickets.objective import KernelFn, Target
@@ -101,6 +103,13 @@ class Selection:
             for s, p in zip(leaves, prunable, strict=True)
         ]
         return structure.unflatten(found)
+
+
+def step_size(peak: float, config: TicketConfig) -> Any:
+    """The step size of a search, or its schedule, from the highest value."""
+    if config.ticket_schedule == "constant":
+        return peak
+    return optax.cosine_decay_schedule(peak, config.ticket_steps)
 
 
 def kept_counts(mask: Mask) -> Any:
