@@ -70,10 +70,12 @@ def _networks(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["network"] for row in rows))
 
 
-def _lines(ax: Axes, rows: Rows, key: str, **style: Any) -> None:
-    palette = colors(_networks(rows))
+def _lines(ax: Axes, rows: Rows, key: str, *, marked: bool = True, **style: Any) -> None:
+    palette, shapes = colors(_networks(rows)), markers(_networks(rows))
     for network, color in palette.items():
         points = [(row["step"], row[key]) for row in rows if row["network"] == network]
+        if marked:
+            style |= {"marker": shapes[network], "markersize": 3}
         ax.plot(*zip(*points, strict=True), color=color, label=network, **style)
 
 
@@ -84,13 +86,13 @@ def training_curves(rows: Rows) -> Figure:
         rows: of stage "train", with loss [nats] and accuracies in [0, 1].
     """
     figure, (loss, accuracy) = _figure(2)
-    _lines(loss, rows, "loss")
+    _lines(loss, rows, "loss", marked=False)
     loss.set(xlabel="step", ylabel="training loss [nats]", yscale="log")
-    _lines(accuracy, rows, "validation_natural", linestyle="--")
-    _lines(accuracy, rows, "validation_robust")
+    _lines(accuracy, rows, "validation_natural", marked=False, linestyle="--")
+    _lines(accuracy, rows, "validation_robust", marked=False)
     accuracy.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1))
     accuracy.set_title("dashed: natural, solid: robust", fontsize=9)
-    loss.legend(frameon=False)
+    _legend_beside(figure, loss)
     return figure
 
 
@@ -103,15 +105,14 @@ def dynamics(rows: Rows) -> Figure:
     figure, (gap, distance, drift) = _figure(3)
     sparse = [row for row in rows if row["network"] != "dense"]
     if sparse:
-        _lines(gap, sparse, "dynamics_gap", marker=".")
-        _lines(distance, sparse, "relative_kernel_distance", marker=".")
+        _lines(gap, sparse, "dynamics_gap")
+        _lines(distance, sparse, "relative_kernel_distance")
         distance.set_yscale("log")
-        gap.legend(frameon=False)
-    _lines(drift, rows, "kernel_drift", marker=".")
+    _lines(drift, rows, "kernel_drift")
     gap.set(xlabel="step", ylabel="dynamics gap  ‖$f^d_t - f^s_t$‖ / √N  [logits]")
     distance.set(xlabel="step", ylabel="‖$Θ^d_t - Θ^s_t$‖² / ‖$Θ^d_t$‖²")
     drift.set(xlabel="step", ylabel="own drift  ‖$Θ_t - Θ_0$‖² / ‖$Θ_0$‖²")
-    drift.legend(frameon=False)
+    _legend_beside(figure, drift)
     return figure
 
 
@@ -135,7 +136,7 @@ def search(rows: Rows) -> Figure:
             own = [row for row in rows if row["network"] == name]
             ax.plot([row["step"] for row in own], [row[key] for row in own], marker=".", label=name)
         ax.set(xlabel="search step", ylabel=f"{label} (held out)", yscale="log")
-        ax.legend(frameon=False)
+    _legend_beside(figure, axes[0])
     return figure
 
 
@@ -270,7 +271,8 @@ def layer_densities(networks: Mapping[str, Mapping[str, Any]]) -> Figure:
         ax.set_xticks(range(len(layers)), [row["name"].split("/")[0] for row in layers])
     ax.set(ylabel="density (kept / all weights)", yscale="log")
     if sparse:
-        ax.legend(frameon=False)
+        figure.set_figwidth(max(5.2, 1.5 + 0.6 * len(sparse)))
+        _legend_beside(figure, ax)
     return figure
 
 
@@ -294,7 +296,9 @@ def accuracies(networks: Mapping[str, Mapping[str, Any]]) -> Figure:
                 markerfacecolor="white" if part == "natural" else None,
                 capsize=3,
             )
-    ax.set_xticks(range(len(networks)), list(networks))
+    many: dict[str, Any] = {"rotation": 45, "ha": "right"} if len(networks) > 4 else {}
+    ax.set_xticks(range(len(networks)), list(networks), **many)
+    figure.set_figwidth(max(5.2, 1.5 + 0.4 * len(networks)))
     ax.set(ylabel="test accuracy", ylim=(0, 1))
     ax.set_title("circle: natural, square: robust", fontsize=9)
     return figure
@@ -307,16 +311,17 @@ def robustness(records: Mapping[str, Mapping[str, Any]]) -> Figure:
         records: for each network the record of its hygiene checks (`hygiene.Hygiene.record`).
     """
     figure, (radius, steps) = _figure(2)
-    palette = colors(list(records))
+    palette, shapes = colors(list(records)), markers(list(records))
     for name, record in records.items():
         for ax, key in ((radius, "radii"), (steps, "steps")):
             if record[key]:
-                ax.plot(*zip(*record[key], strict=True), ".-", color=palette[name], label=name)
+                style: dict[str, Any] = {"marker": shapes[name], "markersize": 3}
+                ax.plot(*zip(*record[key], strict=True), color=palette[name], label=name, **style)
     counts = sorted({record["images"] for record in records.values()})
     radius.set(xlabel="ε [pixel units]", ylabel="accuracy under attack", ylim=(0, 1))
     steps.set(xlabel="steps of the attack", xscale="log", ylim=(0, 1))
     radius.set_title(f"{' or '.join(map(str, counts))} test images", fontsize=9)
-    radius.legend(frameon=False)
+    _legend_beside(figure, radius)
     return figure
 
 

@@ -215,3 +215,34 @@ def test_relations_shows_every_mask_and_density():
         assert small < large
     assert names(figure) == many
     assert not overlaps(figure)
+
+
+def test_figures_of_twenty_networks_have_room():
+    many = [f"network {i}" for i in range(20)]
+    layers = [{"name": "dense1/kernel", "density": 0.1}, {"name": "dense2/kernel", "density": 0.2}]
+    results = {
+        name: {
+            "density": 0.1,
+            "layers": layers,
+            **{f"{part}_accuracy": 0.5 for part in ("natural", "robust")},
+            **{f"{part}_interval": [0.4, 0.6] for part in ("natural", "robust")},
+        }
+        for name in many
+    }
+    record = {"radii": [[0.0, 0.9], [0.1, 0.5]], "steps": [[1, 0.8], [10, 0.5]], "images": 500}
+    rows = [
+        {"network": name, "step": step, "loss": 1.0, "dynamics_gap": 1.0, "kernel_drift": 1.0}
+        | dict.fromkeys(("relative_kernel_distance", "relative_target_distance"), 1.0)
+        | dict.fromkeys(("validation_natural", "validation_robust"), 0.5)
+        for name in many
+        for step in (1, 2)
+    ]
+    for figure in (
+        plots.layer_densities(results),
+        plots.accuracies(results),
+        plots.robustness(dict.fromkeys(many, record)),
+        plots.training_curves(rows),
+        plots.dynamics(rows),
+        plots.search(rows),
+    ):
+        assert not overlaps(figure)  # a layout that collapses warns, which is an error here
