@@ -71,6 +71,9 @@ class ModelConfig:
     """σ_b: standard deviation of the bias term at initialisation."""
     fan: str = _later("in")
     """A weight's variance is σ_w² over the fan-in, or over the average of fan-in and fan-out."""
+    distribution: str = _later("normal")
+    """Of the initial weights: normal, or truncated (at two standard deviations, as in JAX's own
+    initialisers; the variance stays)."""
     input_mean: float = _later(0.0)
     """The network sees (x − input_mean)/input_std; images and threat models stay in [0, 1]."""
     input_std: float = _later(1.0)
@@ -86,6 +89,7 @@ class ModelConfig:
         choose("pooling", self.pooling, ("max", "average"))
         choose("parametrization", self.parametrization, ("standard", "ntk"))
         choose("fan", self.fan, ("in", "average"))
+        choose("distribution", self.distribution, ("normal", "truncated"))
 
 
 @dataclass(frozen=True)

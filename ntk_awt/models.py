@@ -1,7 +1,7 @@
 """Flax (NNX) networks without batch statistics, each in NTK and in standard parametrisation.
 
 A layer with n its fan-in (or, as Glorot's, the average of fan-in and fan-out) computes, with W, b ~
-N(0, 1) at initialisation,
+N(0, 1) at initialisation (or W cut off at two standard deviations, of the same variance),
 
     ntk:       y = (σ_w / √n) · W x + σ_b · b        (the scale is in the forward pass)
     standard:  y = W' x + b',  W' = (σ_w / √n) W,  b' = σ_b b   (the scale is in the weights)
@@ -36,6 +36,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """Activations by name. GELU is the exact one, as in neural-tangents."""
 
 
+_TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+"""Standard deviation of N(0, 1) cut off at ±2: the square root of 1 − 4φ(2)/(2Φ(2) − 1)."""
+
+DISTRIBUTIONS: dict[str, Callable[[Key, tuple[int, ...]], Array]] = {
+    "normal": jax.random.normal,
+    "truncated": jax.nn.initializers.truncated_normal(1 / _TRUNCATED_STD),
+}
+"""Of initial weights, with variance 1, by name."""
+
+
 class Affine(nnx.Module):
     """What a dense and a convolutional layer share: two parameters and their scales.
 
@@ -53,7 +63,8 @@ class Affine(nnx.Module):
         stored, self.scales = (
             ((1.0, 1.0), scales) if config.parametrization == "ntk" else (scales, (1.0, 1.0))
         )
-        self.kernel = nnx.Param(stored[0] * jax.random.normal(rngs.params(), tuple(kernel_shape)))
+        draw = DISTRIBUTIONS[config.distribution]
+        self.kernel = nnx.Param(stored[0] * draw(rngs.params(), tuple(kernel_shape)))
         self.bias = nnx.Param(stored[1] * jax.random.normal(rngs.params(), (kernel_shape[-1],)))
 
     def linear(self, x: Array, kernel: Array) -> Array:

@@ -756,7 +756,7 @@ def test_kernels_are_float32_by_default():
         (lambda: network(config_of(activation="tanh", bias_std=0.0), (4,), 1), "bias_std .*tanh"),
         (
             lambda: network(config_of(input_std=0.3), (4,), 1),
-            "input_mean and input_std .* 0 and 0.3",
+            "input_std .* 1.0, got 0.3",
         ),
         (lambda: network(config_of(activation="rely"), (4,), 1), "activation: .*'relu'"),
         (lambda: network(config_of("lenet"), (4,), 1), "model: .*'lenet5'"),

@@ -39,6 +39,7 @@ CHOICES = {
     "pooling": ["max", "average"],
     "parametrization": ["standard", "ntk"],
     "fan": ["in", "average"],
+    "distribution": ["normal", "truncated"],
     "gain": ["energy", "none"],
     "ticket_schedule": ["cosine", "constant"],
     "distance": ["relative", "absolute"],

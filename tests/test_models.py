@@ -176,6 +176,20 @@ def test_average_fan_is_glorots(name: str):
         np.testing.assert_allclose(values["kernel"] / units[layer]["kernel"], scale, rtol=1e-5)
 
 
+def test_truncated_weights_are_those_of_jaxs_initialiser():
+    shape, key = (40, 50), jax.random.key(3)
+    expected = jax.nn.initializers.glorot_normal()(key, shape)
+    actual = models.DISTRIBUTIONS["truncated"](key, shape) / np.sqrt(np.mean(shape))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    plain, cut = (small("mlp", distribution=d).params for d in ("normal", "truncated"))
+    largest = {name: np.abs(values["kernel"]).max() for name, values in cut.items()}
+    for name, values in plain.items():
+        limit = 2.28 * STD / np.sqrt(len(values["kernel"]))  # 2 / 0.8796
+        assert largest[name] < limit
+        assert values["kernel"].shape == cut[name]["kernel"].shape
+    assert np.abs(plain["dense1"]["kernel"]).max() > 2.28 * STD / np.sqrt(40)
+
+
 def check_forward_pass(name: str, parametrization: str, **changes: Any):
     config = config_of(name, parametrization, **changes)
     network = small(name, parametrization, **changes)

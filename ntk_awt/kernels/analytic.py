@@ -333,15 +333,11 @@ def _check(config: ModelConfig, shape: Sequence[int]) -> None:
             got=config.parametrization,
             fix="the kernel of the standard one grows with the width: set parametrization='ntk'",
         )
-    if (config.input_mean, config.input_std) != (0, 1):
-        raise InputError(
-            "input_mean and input_std of an analytic kernel",
-            expected="0 and 1",
-            got=f"{config.input_mean:g} and {config.input_std:g}",
-            fix="standardise the images that the kernel is given",
-        )
-    if config.fan != "in":
-        raise InputError("fan of an analytic kernel", expected="in", got=config.fan)
+    plain = {"fan": "in", "distribution": "normal", "input_mean": 0.0, "input_std": 1.0}
+    for name, wanted in plain.items():
+        if (found := getattr(config, name)) != wanted:
+            what = f"{name} of an analytic kernel"
+            raise InputError(what, expected=f"{wanted}", got=f"{found}")
     if config.activation == "tanh" and config.bias_std == 0:
         raise InputError(
             "bias_std of an analytic kernel with tanh",
@@ -463,8 +459,8 @@ def network(
         `Analytic(kernel_fn, layer)`.
 
     Raises:
-        InputError: unknown model or activation, standard parametrisation, scaled inputs, max
-            pooling, tanh without bias, images too small, densities or kinds that do not fit.
+        InputError: unknown model or activation, standard parametrisation, another fan or
+            distribution, scaled inputs, max pooling, tanh without bias, images too small, densities or kinds that do not fit.
 
     Source: theory E2, E4; Jacot et al., "Neural tangent kernel" (2018); Arora et al., "On exact
         computation with an infinitely wide neural net" (2019).
