@@ -460,7 +460,8 @@ def network(
 
     Raises:
         InputError: unknown model or activation, standard parametrisation, another fan or
-            distribution, scaled inputs, max pooling, tanh without bias, images too small, densities or kinds that do not fit.
+            distribution, scaled inputs, max pooling, tanh without bias, images too small, densities
+            or kinds that do not fit.
 
     Source: theory E2, E4; Jacot et al., "Neural tangent kernel" (2018); Arora et al., "On exact
         computation with an infinitely wide neural net" (2019).
