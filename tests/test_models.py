@@ -154,7 +154,7 @@ def test_forward_pass(name: str, activation: str, pooling: str, parametrization:
 @pytest.mark.parametrize("name", ["mlp", "conv4"])
 def test_the_network_scales_its_inputs(name: str):
     check_forward_pass(name, "standard", input_mean=0.3, input_std=0.5)
-    x, plain = images(name), small(name)
+    x, plain = jnp.asarray(images(name)), small(name)
     scaled = small(name, input_mean=0.3, input_std=0.5)
     assert np.abs(scaled.apply(plain.params, x) - plain.apply(plain.params, x)).max() > 0.1
 
@@ -163,7 +163,7 @@ def test_the_network_scales_its_inputs(name: str):
 def test_average_fan_is_glorots(name: str):
     check_forward_pass(name, "ntk", fan="average")
     ntk, standard = (small(name, p, fan="average") for p in ("ntk", "standard"))
-    x = images(name)
+    x = jnp.asarray(images(name))
     np.testing.assert_allclose(
         ntk.apply(ntk.params, x), standard.apply(standard.params, x), rtol=1e-4, atol=1e-5
     )

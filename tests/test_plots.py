@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.patches import StepPatch
 
@@ -207,11 +208,11 @@ def test_relations_shows_every_mask_and_density():
     ]
     figure = drawn(plots.relations([{"network": "dense"}, *rows], [("a", "b")]))
     (ax,) = figure.axes
-    for i, points_of_one in enumerate(ax.collections):
-        np.testing.assert_allclose(
-            points_of_one.get_offsets(), [[10.0**i, i + p] for p in (0.1, 0.3)]
-        )
-        small, large = points_of_one.get_sizes()
+    for i, cloud in enumerate(ax.collections):
+        assert isinstance(cloud, PathCollection)
+        offsets = np.asarray(cloud.get_offsets(), np.float64)
+        np.testing.assert_allclose(offsets, [[10.0**i, i + p] for p in (0.1, 0.3)])
+        small, large = cloud.get_sizes()
         assert small < large
     assert names(figure) == many
     assert not overlaps(figure)
