@@ -60,6 +60,15 @@ def _figure(columns: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+def _styles(networks: Sequence[str], size: float) -> dict[str, dict[str, Any]]:
+    """How to draw each network's line, its marker of that size."""
+    palette, shapes = colors(networks), markers(networks)
+    return {
+        name: {"color": palette[name], "marker": shapes[name], "markersize": size}
+        for name in networks
+    }
+
+
 def _legend_beside(figure: Figure, labelled: Axes) -> None:
     """A legend that no number of networks lays over the points."""
     handles, labels = labelled.get_legend_handles_labels()
@@ -71,12 +80,10 @@ def _networks(rows: Rows) -> list[str]:
 
 
 def _lines(ax: Axes, rows: Rows, key: str, *, marked: bool = True, **style: Any) -> None:
-    palette, shapes = colors(_networks(rows)), markers(_networks(rows))
-    for network, color in palette.items():
+    for network, own in _styles(_networks(rows), size=3).items():
         points = [(row["step"], row[key]) for row in rows if row["network"] == network]
-        if marked:
-            style |= {"marker": shapes[network], "markersize": 3}
-        ax.plot(*zip(*points, strict=True), color=color, label=network, **style)
+        look = own if marked else {"color": own["color"]}
+        ax.plot(*zip(*points, strict=True), label=network, **look, **style)
 
 
 def training_curves(rows: Rows) -> Figure:
@@ -148,9 +155,9 @@ def sweep_accuracy(table: Rows) -> Figure:
             and sd.
     """
     figure, axes = _figure(2)
-    palette, shapes = colors(_networks(table)), markers(_networks(table))
+    styles = _styles(_networks(table), size=4)
     for ax, part in zip(axes, ("natural", "robust"), strict=True):
-        for network, color in palette.items():
+        for network, style in styles.items():
             own = sorted(
                 (row for row in table if row["network"] == network), key=lambda r: r["density"]
             )
@@ -158,11 +165,10 @@ def sweep_accuracy(table: Rows) -> Figure:
             y, sd = (np.array([row[f"{part}_accuracy"][k] for row in own]) for k in ("mean", "sd"))
             if network == "dense":
                 ax.axhspan(y[0] - np.nan_to_num(sd[0]), y[0] + np.nan_to_num(sd[0]), alpha=0.15)
-                ax.axhline(y[0], color=color, label=network)
+                ax.axhline(y[0], color=style["color"], label=network)
             else:
                 bars = np.nan_to_num(sd)
-                style: dict[str, Any] = {"marker": shapes[network], "markersize": 4}
-                ax.errorbar(x, y, bars, color=color, capsize=2, label=network, **style)
+                ax.errorbar(x, y, bars, capsize=2, label=network, **style)
         ax.set(xlabel="density", ylabel=f"{part} accuracy", xscale="log")
     _legend_beside(figure, axes[1])
     return figure
@@ -177,21 +183,20 @@ def sweep_steps(rows: Rows, key: str) -> Figure:
     """
     densities = list(dict.fromkeys(row["density"] for row in rows))
     figure, axes = _figure(len(densities), height=3.8)
-    palette, shapes = colors(_networks(rows)), markers(_networks(rows))
+    styles = _styles(_networks(rows), size=4)
     labels = {
         "dynamics_gap": "‖$f^d_t - f^s_t$‖ / √N  [logits]",
         "relative_kernel_distance": "‖$Θ^d_t - Θ^s_t$‖² / ‖$Θ^d_t$‖²",
     }
     for ax, density in zip(axes, densities, strict=True):
-        for network, color in palette.items():
+        for network, style in styles.items():
             values: dict[int, list[float]] = {}
             for row in rows:
                 if (row["network"], row["density"]) == (network, density) and network != "dense":
                     values.setdefault(row["step"], []).append(row[key])
             if values:
                 means = [np.mean(values[step]) for step in values]
-                style: dict[str, Any] = {"marker": shapes[network], "markersize": 4}
-                ax.plot(list(values), means, color=color, label=network, **style)
+                ax.plot(list(values), means, label=network, **style)
         ax.set_title(f"density {density:g}", fontsize=10)
         ax.set(xlabel="step", ylabel=labels[key], yscale="log")
     _legend_beside(figure, axes[0])
@@ -311,12 +316,11 @@ def robustness(records: Mapping[str, Mapping[str, Any]]) -> Figure:
         records: for each network the record of its hygiene checks (`hygiene.Hygiene.record`).
     """
     figure, (radius, steps) = _figure(2)
-    palette, shapes = colors(list(records)), markers(list(records))
+    styles = _styles(list(records), size=3)
     for name, record in records.items():
         for ax, key in ((radius, "radii"), (steps, "steps")):
             if record[key]:
-                style: dict[str, Any] = {"marker": shapes[name], "markersize": 3}
-                ax.plot(*zip(*record[key], strict=True), color=palette[name], label=name, **style)
+                ax.plot(*zip(*record[key], strict=True), label=name, **styles[name])
     counts = sorted({record["images"] for record in records.values()})
     radius.set(xlabel="ε [pixel units]", ylabel="accuracy under attack", ylim=(0, 1))
     steps.set(xlabel="steps of the attack", xscale="log", ylim=(0, 1))
