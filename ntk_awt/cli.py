@@ -636,7 +636,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        how = f"; to resume: {shlex.join(['ntk-awt', *arguments])}" if _kept else ""
+        how = ""
+        if _kept:
+            command = shlex.join(["ntk-awt", *arguments])
+            how = f"; finished work is in {_kept[-1]}; to resume: {command}"
         print(f"interrupted{how}", file=sys.stderr)
         return 130
 

@@ -369,7 +369,8 @@ def table_rows(found: Mapping[str, Any]) -> list[list[str]]:
     def paired(value: Mapping[str, float] | None, scale: float) -> str:
         if value is None:
             return "–"
-        return f"{scale * value['mean']:+.3g} ± {scale * value['standard_error']:.2g}"
+        error = f" ± {scale * value['standard_error']:.2g}" if value["n"] > 1 else ""
+        return f"{scale * value['mean']:+.3g}{error}"
 
     rows = []
     for row in found["table"]:

@@ -21,6 +21,7 @@ from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.config import TrainConfig
 from ntk_awt.errors import InputError, check_count, check_finite, choose
 from ntk_awt.masks import Ticket, effective
+from ntk_awt.schedules import SCHEDULES
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Labels, Logits, Mask, Params
 
@@ -117,12 +118,6 @@ OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
 }
 """Optimisers by name: `(learning rate or schedule, weight decay) -> gradient transformation`."""
-
-SCHEDULES: dict[str, Callable[[float, int], Any]] = {
-    "constant": lambda peak, steps: peak,
-    "cosine": optax.cosine_decay_schedule,
-}
-"""Schedules by name: `(peak learning rate, steps) -> rate or schedule`."""
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:

@@ -249,8 +249,9 @@ def test_ctrl_c_says_how_to_resume_and_that_command_finishes(
     assert cli.main(["run", "--config", str(file), "--run-dir", str(root)]) == 130
     monkeypatch.undo()
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    command = message.removeprefix("interrupted; to resume: ntk-awt ").split()
-    assert cli.main(command) == 0
+    kept, _, command = message.partition("; to resume: ntk-awt ")
+    assert kept == f"interrupted; finished work is in {root}"
+    assert cli.main(command.split()) == 0
     assert numbers(root) == numbers(finished.paths.root)
 
 

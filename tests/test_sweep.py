@@ -163,6 +163,7 @@ def test_the_table_is_that_of_the_runs(finished):
     assert rows[0.3, "rewind"]["search_epochs"]["mean"] >= 1  # the dense network's one epoch
     text = (finished / "sweep.md").read_text()
     assert text.count("| mine |") == 2
+    assert "nan" not in text
     for name in ("accuracy", "gap", "kernel", "relations"):
         assert (finished / "figures" / f"{name}.png").exists()
     page = (finished / "sweep.html").read_text()

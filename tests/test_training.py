@@ -18,6 +18,7 @@ from ntk_awt.config import TrainConfig
 from ntk_awt.errors import InputError
 from ntk_awt.evaluation import evaluate
 from ntk_awt.masks import Ticket
+from ntk_awt.schedules import SCHEDULES
 from ntk_awt.threats import L2, Linf
 from ntk_awt.training import Batch, EpochRecord, fit, steps_per_epoch
 
@@ -290,7 +291,7 @@ def settings(loss: str, optimizer: str) -> TrainConfig:
 def test_the_registries_are_covered():
     assert set(training.LOSSES) - {"rows", "keys"} == set(LOSSES)
     assert set(training.OPTIMIZERS) == set(OPTIMIZERS)
-    assert set(training.SCHEDULES) == {"constant", "cosine"}
+    assert set(SCHEDULES) == {"constant", "cosine"}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

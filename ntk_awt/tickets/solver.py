@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
 from ntk_awt.masks import GAINS, Ticket, is_prunable, top_k
+from ntk_awt.schedules import SCHEDULES
 from ntk_awt.tickets.objective import KernelFn, Target
 from ntk_awt.types import Gain, Key, Mask, Params
 
@@ -107,9 +107,7 @@ class Selection:
 
 def step_size(peak: float, config: TicketConfig) -> Any:
     """The step size of a search, or its schedule, from the highest value."""
-    if config.ticket_schedule == "constant":
-        return peak
-    return optax.cosine_decay_schedule(peak, config.ticket_steps)
+    return SCHEDULES[config.ticket_schedule](peak, config.ticket_steps)
 
 
 def kept_counts(mask: Mask) -> Any:
