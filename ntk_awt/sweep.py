@@ -302,11 +302,20 @@ def gather(config: SweepConfig, root: Path) -> dict[str, Any]:
         "config": configs.to_dict(config.base),
         "versions": experiment.versions(),
     }
-    text = json.dumps(found, indent=2) + "\n"
+    text = json.dumps(_strict(found), indent=2, allow_nan=False) + "\n"
     (root / "sweep.json").write_text(text, encoding="utf-8")
     (root / "sweep.md").write_text(markdown(found), encoding="utf-8")
     _draw(config, root, rows, found)
     return found
+
+
+def _strict(value: Any) -> Any:
+    """What is not finite as null: JSON has no NaN, and one seed has no standard deviation."""
+    if isinstance(value, Mapping):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _of(rows: list[dict[str, Any]], density: float, name: str) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ def test_the_table_is_that_of_the_runs(finished):
     row = rows[0.3, "mine"]
     assert row["robust_accuracy"]["mean"] == one["robust_accuracy"]
     assert row["robust_accuracy"]["n"] == 1
-    assert math.isnan(row["robust_accuracy"]["sd"])
+    assert row["robust_accuracy"]["sd"] is None
     difference = one["robust_accuracy"] - random["robust_accuracy"]
     assert row["robust_against_random"]["mean"] == pytest.approx(difference)
     assert rows[0.3, "dense"]["robust_against_random"] is None
