@@ -175,6 +175,7 @@ def assess(
         turns[asked] = tuple(done)
     outcome = combine([done[-1].outcome for done in turns.values()])
     first = next(iter(next(iter(suites.values())).values()))
+    alone = next(iter(turns.values()))[0]  # the first attack meets every image
     with bar(f"{label}: hygiene", 100, "%") as show:
         judged = hygiene.check(
             apply,
@@ -185,6 +186,7 @@ def assess(
             attack=first,
             key=key,
             attacked=outcome.images,
+            verdicts=alone.outcome.robust_correct,
             transferred=transferred,
             masks=masks,
             chosen_on=chosen_on,

@@ -7,7 +7,7 @@ adversarial example defenses" (2020).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ntk_awt.attacks import PGD, Attack, Square, cross_entropy
 from ntk_awt.attacks.losses import dlr
-from ntk_awt.evaluation import evaluate
+from ntk_awt.evaluation import Evaluation, evaluate
 from ntk_awt.masks import Mask
 from ntk_awt.threats import Linf, StrongL2, Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
@@ -136,10 +136,9 @@ def box(z: np.ndarray, threat: Threat) -> Flag:
     return flag("box", max(low - z.min(), z.max() - high, 0), 0, "pixel units", "largest excess")
 
 
-def zero_radius(attack: Attack, subject: "Subject", key: Key) -> Flag:
-    """With radius 0 the images come back."""
-    images = subject.under(attack, scaled(subject.threat, 0.0), key).images
-    value = abs(images.astype(np.float64) - subject.x).max()
+def zero_radius(z: np.ndarray, x: np.ndarray) -> Flag:
+    """Images attacked with radius 0 are the clean ones."""
+    value = abs(z.astype(np.float64) - x).max()
     return flag("zero radius", value, 0, "pixel units", "largest change of a pixel at ε = 0")
 
 
@@ -161,7 +160,9 @@ class Subject(NamedTuple):
     y: np.ndarray
     threat: Threat
 
-    def under(self, attack: Attack, threat: Threat, key: Key, rows: Any = slice(None)) -> Any:
+    def under(
+        self, attack: Attack, threat: Threat, key: Key, rows: Any = slice(None)
+    ) -> Evaluation:
         """The evaluation of these rows under an attack."""
         return evaluate(
             self.apply,
@@ -242,7 +243,7 @@ def batches(attack: Attack, subject: Subject, key: Key, whole: np.ndarray) -> Fl
         attack: keys are one an image, so the batch should not matter.
         subject: network and images.
         key: with which `whole` was found.
-        whole: verdicts [n] of all images in one batch.
+        whole: verdicts [n] of the same images in larger batches.
     """
     part = slice(max(len(subject.x) // 2, 1))
     alone = subject.under(attack, subject.threat, key, part).robust_correct
@@ -366,6 +367,7 @@ def check(
     attack: Attack,
     key: Key,
     attacked: np.ndarray | None = None,
+    verdicts: np.ndarray | None = None,
     transferred: np.ndarray | None = None,
     masks: tuple[Mask, Mask] | None = None,
     chosen_on: np.ndarray | None = None,
@@ -382,6 +384,8 @@ def check(
         attack: the one whose numbers are to be trusted, with a field `steps`.
         key: random key with which the evaluation was made.
         attacked: the evaluation's attacked images [n, *shape]; made here if not given.
+        verdicts: which images `attack` left right in the evaluation, bool [n]; made here if not
+            given.
         transferred: images attacked against another network, e.g. the dense one.
         masks: of the evaluated network and of its ticket at initialisation.
         chosen_on: images by which anything was chosen.
@@ -405,44 +409,48 @@ def check(
     """
     x, y = np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES]
     subject = Subject(apply, params, x, y, threat)
-    points = () if attacked is None else (attacked[:IMAGES],)
-    sound = finite(subject, *points)
+    sound = finite(subject, *(() if attacked is None else (attacked[:IMAGES],)))
     if sound.status != "pass":
         return Hygiene((sound,), {}, {}, float("nan"), len(x))
 
-    ours = subject.under(attack, threat, key)
-    z = points[0] if points else ours.images
-    survivors = ours.robust_correct & (subject.logits(z).argmax(1) == y)
+    @cache
+    def at(factor: float) -> Evaluation:
+        return subject.under(attack, scaled(threat, factor), key)
+
+    right = at(1.0).robust_correct if verdicts is None else verdicts[:IMAGES]
+    z = at(1.0).images if attacked is None else attacked[:IMAGES]
+    survivors = right & (subject.logits(z).argmax(1) == y)
     union = survivors
     flags = [sound]
     radii: dict[float, float] = {}
     steps: dict[int, float] = {}
 
     def measure_radius(factor: float) -> None:
-        found = ours if factor == 1 else subject.under(attack, scaled(threat, factor), key)
-        radii[factor * float(threat.epsilon)] = found.robust.value
+        value = right.mean() if factor == 1 else at(factor).robust.value
+        radii[factor * float(threat.epsilon)] = float(value)
 
     def measure_steps(count: int) -> None:
         changed = dataclasses.replace(attack, steps=count)  # pyright: ignore[reportArgumentType]
-        found = ours if changed == attack else subject.under(changed, threat, key)
-        steps[count] = found.robust.value
+        same = changed == attack
+        value = right.mean() if same else subject.under(changed, threat, key).robust.value
+        steps[count] = float(value)
 
-    def others(name: str, right: np.ndarray, meaning: str) -> Flag:
+    def others(name: str, left: np.ndarray, meaning: str) -> Flag:
         nonlocal union
-        union = union & right
-        return gain(name, survivors, survivors & right, meaning)
+        union = union & left
+        return gain(name, survivors, survivors & left, meaning)
 
     def random_search() -> Flag:
         return others("black box", black_box(subject, key), f"broken by Square, {QUERIES} queries")
 
     def transfer(images: np.ndarray) -> Flag:
-        right = subject.logits(images).argmax(1) == y
-        return others("transfer", right, "broken by attacks on another network")
+        left = subject.logits(images).argmax(1) == y
+        return others("transfer", left, "broken by attacks on another network")
 
     rules: list[Callable[[], Flag | None]] = [
         lambda: ball(z, x, threat),
         lambda: box(z, threat),
-        lambda: zero_radius(attack, subject, key),
+        lambda: zero_radius(at(0.0).images, x),
         lambda: deterministic(subject),
         lambda: probabilities(subject),
         lambda: zero_gradients(subject, "cross-entropy"),
@@ -450,13 +458,13 @@ def check(
     if subject.logits(x[:1]).shape[1] > 2:
         rules.append(lambda: zero_gradients(subject, "dlr"))
     rules += [
-        lambda: batches(attack, subject, key, ours.robust_correct),
+        lambda: batches(attack, subject, key, right),
         *(partial(measure_radius, factor) for factor in RADII),
         lambda: monotone("radius", list(radii.values()), len(x), "ε"),
         *(partial(measure_steps, count) for count in STEPS),
         lambda: monotone("steps", list(steps.values()), len(x), "steps"),
         lambda: large_radius(attack, subject, key),
-        lambda: single_step(subject, key, ours.robust.value),
+        lambda: single_step(subject, key, right.mean()),
         random_search,
     ]
     if transferred is not None:

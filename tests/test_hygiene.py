@@ -267,7 +267,9 @@ def images(attack: Any) -> np.ndarray:
 RULES: dict[str, Callable[[Any], Flag]] = {
     "ball": lambda attack: hygiene.ball(images(attack), X, THREAT),
     "box": lambda attack: hygiene.box(images(attack), THREAT),
-    "moves at zero": lambda attack: zero_radius(attack, subject(), KEY),
+    "moves at zero": lambda attack: zero_radius(
+        subject().under(attack, scaled(THREAT, 0.0), KEY).images, X
+    ),
     "gives up when far": by_radius,
     "gives up with steps": by_steps,
     "looks at others": lambda attack: batches(attack, subject(), KEY, verdicts(attack)),
@@ -294,6 +296,27 @@ def test_attacked_images_from_elsewhere_are_judged_as_they_are():
     found = judge(attack=weak, transferred=images(ATTACK))
     assert raised(found)["transfer"] == "fail"
     assert found.union <= verdicts(ATTACK).mean()
+
+
+def test_no_attack_is_made_twice(monkeypatch):
+    """With the evaluation's outcome the same record comes from fewer attacks, each another one."""
+    made: list[Any] = []
+    under = Subject.under
+
+    def counting(self, attack, threat, key, rows=slice(None)):
+        made.append((attack, float(threat.epsilon), rows.stop))
+        return under(self, attack, threat, key, rows)
+
+    monkeypatch.setattr(Subject, "under", counting)
+    alone = judge()
+    first, made[:] = list(made), []
+    given = judge(attacked=images(ATTACK), verdicts=verdicts(ATTACK))
+    del made[:2]  # those of the line above
+    assert given.record() == alone.record()
+    assert len(set(first)) == len(first)
+    assert set(first) - set(made) == {(ATTACK, float(THREAT.epsilon), None)}
+    wrong = judge(verdicts=~verdicts(ATTACK))
+    assert raised(wrong)["batch"] == "fail"
 
 
 # ---------------------------------------------------------------- rules by themselves
