@@ -30,6 +30,7 @@ _MODULES = (
     "plots",
     "report",
     "robustness",
+    "schedules",
     "sweep",
     "threats",
     "tickets",

@@ -13,8 +13,7 @@ from ntk_awt import files, hygiene
 from ntk_awt.attacks import Attack, suite
 from ntk_awt.config import EvaluationConfig
 from ntk_awt.evaluation import Evaluation, combine, evaluate, proportion
-from ntk_awt.hygiene import Hygiene
-from ntk_awt.masks import Mask
+from ntk_awt.hygiene import Hygiene, Pruning
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 
@@ -128,7 +127,7 @@ def assess(
     label: str,
     folder: Path,
     transferred: np.ndarray | None = None,
-    masks: tuple[Mask, Mask] | None = None,
+    pruning: Pruning | None = None,
     chosen_on: np.ndarray | None = None,
 ) -> Assessment:
     """Attack a network in every asked way, then judge it.
@@ -140,7 +139,7 @@ def assess(
         label: of the network, in the progress bars.
         folder: where each attack's outcome is kept; what lies there is not made again, so its name
             should tell the settings (`identity`).
-        transferred, masks, chosen_on: see `hygiene.check`.
+        transferred, pruning, chosen_on: see `hygiene.check`.
 
     Returns:
         `Assessment`.
@@ -188,7 +187,7 @@ def assess(
             attacked=outcome.images,
             verdicts=alone.outcome.robust_correct,
             transferred=transferred,
-            masks=masks,
+            pruning=pruning,
             chosen_on=chosen_on,
             on_share=lambda share: show(round(100 * share)),
         )

@@ -590,7 +590,7 @@ class Run:
             label=name,
             folder=self.paths.attacks(name, identity(threat_config, suites)),
             transferred=transferred,
-            masks=(trained.mask, self.load_ticket(name).mask),
+            pruning=hygiene.Pruning(trained.params, trained.mask, self.load_ticket(name).mask),
             chosen_on=d.x_validation,
         )
 

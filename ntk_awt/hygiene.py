@@ -320,15 +320,24 @@ def gain(name: str, before: np.ndarray, after: np.ndarray, meaning: str) -> Flag
 # ---------------------------------------------------------------- masks and splits
 
 
-def mask_kept(mask: Mask, initial: Mask, weights: Params) -> Flag:
-    """The mask is that of the ticket, and every pruned weight is zero.
+class Pruning(NamedTuple):
+    """How a network was pruned.
 
-    Args:
-        mask: of the evaluated network.
-        initial: of the ticket.
-        weights: effective weights, as evaluated.
+    Attributes:
+        weights: θ as saved, before the mask is applied.
+        mask: m of the evaluated network.
+        initial: mask of its ticket at initialisation; None where that is not known.
     """
-    changed = jax.tree.map(lambda a, b: np.sum(np.asarray(a) != np.asarray(b)), mask, initial)
+
+    weights: Params
+    mask: Mask
+    initial: Mask | None
+
+
+def mask_kept(weights: Params, mask: Mask, initial: Mask | None) -> Flag:
+    """The mask is that of the ticket, and every pruned weight is zero; see `Pruning`."""
+    before = mask if initial is None else initial
+    changed = jax.tree.map(lambda a, b: np.sum(np.asarray(a) != np.asarray(b)), mask, before)
     alive = jax.tree.map(
         lambda m, w: np.sum((np.asarray(m) == 0) & (np.asarray(w) != 0)), mask, weights
     )
@@ -369,7 +378,7 @@ def check(
     attacked: np.ndarray | None = None,
     verdicts: np.ndarray | None = None,
     transferred: np.ndarray | None = None,
-    masks: tuple[Mask, Mask] | None = None,
+    pruning: Pruning | None = None,
     chosen_on: np.ndarray | None = None,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> Hygiene:
@@ -387,7 +396,7 @@ def check(
         verdicts: which images `attack` left right in the evaluation, bool [n]; made here if not
             given.
         transferred: images attacked against another network, e.g. the dense one.
-        masks: of the evaluated network and of its ticket at initialisation.
+        pruning: of a sparse network.
         chosen_on: images by which anything was chosen.
         on_share: called with the share that is done, in [0, 1].
 
@@ -469,8 +478,8 @@ def check(
     ]
     if transferred is not None:
         rules.append(lambda: transfer(transferred[:IMAGES]))
-    if masks is not None:
-        rules.append(lambda: mask_kept(*masks, params))
+    if pruning is not None:
+        rules.append(lambda: mask_kept(*pruning))
     if chosen_on is not None:
         rules.append(lambda: selection(chosen_on, x))
     for done, rule in enumerate(rules, 1):

@@ -17,6 +17,7 @@ from ntk_awt.attacks import ATTACKS
 from ntk_awt.config import AttackConfig, EvaluationConfig, ThreatConfig
 from ntk_awt.errors import InputError, check_number, choose
 from ntk_awt.experiment import Paths, Reporter, open_run
+from ntk_awt.hygiene import Pruning
 from ntk_awt.inspection import Source, load_images, open_source
 from ntk_awt.methods import ordered
 
@@ -145,10 +146,10 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
     x, y = _images(source, request.images)
     built = threats.build(threat, bounds) if run is None else run.make_threat(threat)
     apply, params = source.network
-    kept = None
+    pruning = None
     if source.mask is not None and source.gain is not None:
+        pruning = Pruning(params, source.mask, None)
         params = masks.effective(params, source.mask, source.gain)
-        kept = (source.mask, source.mask)
     suites = make_suites(settings, threat.epsilon, attack.attack_step_ratio)
     found = assess(
         apply,
@@ -161,7 +162,7 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
         bar=reporter.bar,
         label=source.name,
         folder=folder / identity(threat, suites, _fingerprint(params, x, y)),
-        masks=kept,
+        pruning=pruning,
         chosen_on=chosen_on,
     )
     return Found(source.name, threat, settings, found)

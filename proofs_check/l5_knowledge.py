@@ -93,11 +93,18 @@ def _check(context: Context) -> Outcome:
     ratios = context.pick((0.5, 2), (0.5, 1, 2, 4, 8), (0.25, 0.5, 1, 2, 4, 8, 16))
     seeds = context.pick(10, 8, 16)
 
-    def experiment(cases: list[linear.SvmCase], seeds: int, share: float, before: float) -> Rows:
+    def experiment(
+        cases: list[linear.SvmCase],
+        seeds: int,
+        share: float,
+        before: float,
+        methods: tuple[str, ...] = linear.METHODS,
+    ) -> Rows:
         total = len(cases) * seeds
         return linear.knowledge_experiment(
             cases,
             range(context.seed, context.seed + seeds),
+            methods=methods,
             on_case=lambda done: context.progress(before + share * done / total),
         )
 
@@ -134,9 +141,9 @@ def _check(context: Context) -> Outcome:
               tolerance=1e-12),
     ]  # fmt: skip
     few = max(4, seeds // 2)
-    wide = experiment([setting(2 * d, 2 * MEAN, 1.2 * MEAN)], few, 0.1, 0.8)
-    small = experiment([setting(2 * d, 0.8 * MEAN, 0.3 * MEAN)], few, 0.1, 0.9)
-    ordinary = [row["ordinary_robust"] for row in small if row["method"] == "signal"]
+    wide = experiment([setting(2 * d, 2 * MEAN, 1.2 * MEAN)], few, 0.1, 0.8, ("signal",))
+    small = experiment([setting(2 * d, 0.8 * MEAN, 0.3 * MEAN)], few, 0.1, 0.9, ("signal",))
+    ordinary = [row["ordinary_robust"] for row in small]
     controls = [
         rejects("no knowledge", _robust("plain SVM", plain)),
         rejects("a wrong signal", _robust("SVM", _wrong_signal(context, d, 2 * d, few))),

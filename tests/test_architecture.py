@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": BASE | {"masks", "attacks", "tickets", "training"},
     "evaluation": BASE | {"attacks"},
     "hygiene": BASE | {"attacks", "evaluation", "masks"},
-    "assessment": BASE | {"attacks", "evaluation", "hygiene", "masks"},
+    "assessment": BASE | {"attacks", "evaluation", "hygiene"},
 }
 """Part of the package → the parts it may import, and whatever those may import (architecture.md).
 

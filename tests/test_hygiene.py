@@ -14,6 +14,7 @@ from ntk_awt.attacks import APGD, PGD
 from ntk_awt.hygiene import (
     Flag,
     Hygiene,
+    Pruning,
     Subject,
     batches,
     check,
@@ -92,7 +93,7 @@ def test_a_sound_network_passes_every_rule():
         params=MASK * W,
         y=y,
         transferred=X,
-        masks=(MASK, MASK),
+        pruning=Pruning(MASK * np.asarray(W), MASK, MASK),
         chosen_on=ELSEWHERE,
         on_share=shares.append,
     )
@@ -324,13 +325,14 @@ def test_no_attack_is_made_twice(monkeypatch):
 
 def test_masks():
     weights = MASK * np.asarray(W)
-    assert mask_kept(MASK, MASK, weights).status == "pass"
-    for changed, value in ((np.where(MASK, weights, 0.1), (~MASK).sum()), (np.asarray(W), 5)):
-        assert mask_kept(MASK, MASK, changed).value == value
+    for initial in (MASK, None):
+        assert mask_kept(weights, MASK, initial).status == "pass"
+        for changed, value in ((np.where(MASK, weights, 0.1), (~MASK).sum()), (np.asarray(W), 5)):
+            assert mask_kept(changed, MASK, initial).value == value
     other = MASK.copy()
     other[0, 0] = True
-    assert mask_kept(other, MASK, weights).value == 1
-    assert mask_kept(other, MASK, weights).status == "fail"
+    assert mask_kept(weights, other, MASK).value == 1
+    assert mask_kept(weights, other, MASK).status == "fail"
 
 
 def test_selection():

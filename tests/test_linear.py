@@ -745,6 +745,28 @@ def test_robust_svm_minimises_its_objective(name: str):
         check_minimum("robust", model, x, y, c, threat=ROBUST[name])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_robust_svm_is_better_than_no_classifier_or_says_so(seed: int):
+    """Also where the least value is that of w = 0, which rounding can seem to undercut."""
+    rng = np.random.default_rng(seed)
+    d, c = int(rng.integers(2, 40)), float(10 ** rng.uniform(-9, 1))
+    x, y = training_set(2 * d, d, 2.0, 1.0, rng)
+    shown = np.concatenate(
+        [np.flatnonzero(y < 0)[: int(rng.integers(1, d + 1))], np.flatnonzero(y > 0)]
+    )
+    x, y = x[shown], y[shown]
+    nothing = 2 * c * min(np.sum(y > 0), np.sum(y < 0))
+    easy = linear.robust_svm(x, y, Strong(0.1, 0.05, np.eye(d)[0]), c=c)
+    assert objective("robust", easy, x, y, c, threat=Strong(0.1, 0.05, np.eye(d)[0])) < nothing
+    hard = Strong(4.0, 3.9, np.eye(d)[0])
+    with pytest.raises(InputError, match="expected classes that it can tell apart"):
+        linear.robust_svm(x, y, hard, c=c)
+    for _ in range(300):
+        w = rng.normal(size=d) * 10 ** rng.uniform(-6, 0)
+        other = LinearClassifier(w, float(np.sign(y.sum()) or 1) + rng.normal() * np.linalg.norm(w))
+        assert objective("robust", other, x, y, c, threat=hard) > nothing
+
+
 def test_penalised_and_signal_svms_minimise_their_objectives():
     x, y = overlapping()
     model = linear.penalised_svm(x, y, BASIS, penalty=20.0, c=0.5)

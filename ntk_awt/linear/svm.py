@@ -156,7 +156,8 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
 
     step = 1 / (np.linalg.norm(points, 2) + float(threat.epsilon) * np.sqrt(n)) ** 2
     alpha = ahead = feasible(np.full(n, min(c, 1 / n)))[0]
-    momentum, best, w, b = 1.0, np.inf, np.zeros(points.shape[1]), 0.0
+    # w = 0 says one class always. What beats it by rounding alone is no classifier either.
+    momentum, best, w, b = 1.0, c * (n - abs(signs.sum())), np.zeros(points.shape[1]), 0.0
     for _ in range(20_000):
         w_ahead, r_ahead, value = primal(ahead)
         gradient = 1 - points @ w_ahead + r_ahead
@@ -170,9 +171,9 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
             step /= 2
         lack = 1 - points @ w_next - signs * (multiplier / step) + r_next
         primal_value = float(w_next @ w_next / 2 + c * np.maximum(lack, 0).sum())
-        if primal_value < best:
+        if primal_value < best * (1 - 1e-12):
             best, w, b = primal_value, w_next, multiplier / step
-        if best - dual_value <= 1e-5 * best:
+        if best - dual_value <= (1e-5 if w.any() else 1e-10) * best:
             break
         if (ahead - following) @ (following - alpha) > 0:
             momentum = 1.0
