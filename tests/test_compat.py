@@ -39,6 +39,9 @@ from ntk_awt.kernels.compat import (
 
 SLOW = (
     "test_mse_ensemble",
+    "test_empirical_ntk trace[234567]*-2",
+    "test_empirical_ntk trace[0123456]*-None-*",
+    "test_empirical_ntk_of_several_outputs 2",
     "test_attention_kernel",
     "test_branches_normalization_and_dropout",
     "test_monte_carlo *",

@@ -21,6 +21,8 @@ from tests.quick import quick
 SLOW = (
     "test_engines_agree_with_the_loop mlp-erf*",
     "test_engines_agree_with_the_loop mlp-tanh-[cp]*",
+    "test_engines_agree_with_the_loop residual-[cp]*",
+    "test_derivatives_agree_with_finite_differences layerwise-packed",
     "test_forms_agree_with_the_loop *-diagonal",
     "test_forms_agree_with_the_loop *-1",
     "test_derivatives_agree_with_finite_differences layerwise-chunks",

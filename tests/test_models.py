@@ -21,6 +21,7 @@ from ntk_awt.types import Network
 
 SLOW = (
     "test_forward_pass conv4*",
+    "test_the_network_scales_its_inputs conv4",
     "test_output_variance_follows_the_recursion",
     "test_parametrisations_draw_the_same_function conv4",
     "test_logits_depend_on_one_image conv4",

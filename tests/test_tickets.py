@@ -37,6 +37,9 @@ SLOW = (
     "test_objective_falls_on_a_fixed_target *-kl",
     "test_search_records_and_resumes_bit_for_bit awt",
     "test_search_records_and_resumes_bit_for_bit awt-magnitude",
+    "test_search_records_and_resumes_bit_for_bit awt-regrow-units",
+    "test_search_records_and_resumes_bit_for_bit saliency",
+    "test_objective_falls_on_a_fixed_target awt-joint-*",
     "test_the_density_is_pulled_to_its_target True",
 )
 
