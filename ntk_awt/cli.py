@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +130,7 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
     root = settings.run_dir or Path("runs") / (path.stem + "-quick" * settings.quick)
     _kept.append(root)
     found = sweep.run(config, root, Bars())
-    table = _table(*sweep.HEADERS)
-    for row in sweep.table_rows(found):
-        table.add_row(*row)
-    console.print(table)
+    console.print(_fitted(sweep.HEADERS, sweep.table_rows(found)))
     print(f"report: {root / 'sweep.html'}")
     return 0
 
@@ -463,6 +460,20 @@ def _number(value: float) -> str:
 def _table(first: str, *headers: str, title: str | None = None) -> Table:
     """An empty table; square brackets in its headers are units, not markup."""
     return Table(Column(first, no_wrap=True), *map(escape, headers), title=title)
+
+
+def _fitted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """As many columns, from the left, as there is room for whole cells; a report has them all."""
+    columns = zip(headers, *rows, strict=True)
+    widths = [max(map(len, [*header.split(), *cells])) for header, *cells in columns]
+    fitting = [n for n in range(2, len(widths) + 1) if sum(widths[:n]) + 3 * n < console.width]
+    shown = max(fitting, default=1)
+    table = Table()
+    for header, width in zip(headers[:shown], widths, strict=False):
+        table.add_column(escape(header), width=width)
+    for row in rows:
+        table.add_row(*row[:shown])
+    return table
 
 
 def _networks_table(results: dict[str, Any]) -> Table:

@@ -113,6 +113,11 @@ def _windows(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 2 w2 2 c"]:
     return x[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels)
 
 
+_Entry = tuple[Array, Array, Array]
+"""Values, their tangents, and how many entries they stand for."""
+
+
+@jax.custom_jvp
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     """2×2 max pooling with stride 2; an odd last row or column is dropped.
 
@@ -121,6 +126,28 @@ def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     of elementwise masks, which on a CPU are several times faster than the scatter of the primitive.
     """
     return _windows(x).max((2, 4))
+
+
+@max_pool.defjvp
+def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """Entries are compared with each other, as in a tournament.
+
+    JAX's own rule looks for those that equal the result. XLA may compute `x` anew for that and
+    round it otherwise (jax-ml/jax#40564); then none does, and the derivative is 0/0.
+    """
+    (x,), (dx,) = primals, tangents
+    values, moved = _windows(x), _windows(dx)
+    corners = [(slice(None), slice(None), i, slice(None), j) for i in (0, 1) for j in (0, 1)]
+    entries = [(values[at], moved[at], jnp.ones_like(values[at])) for at in corners]
+    _, total, winners = functools.reduce(_larger, entries)
+    return max_pool(x), total / winners
+
+
+def _larger(one: _Entry, other: _Entry) -> _Entry:
+    """The one with the larger value; where they are equal, both together."""
+    (a, da, n), (b, db, m) = one, other
+    tangent = jnp.where(a > b, da, jnp.where(b > a, db, da + db))
+    return jnp.where(a > b, a, b), tangent, jnp.where(a > b, n, jnp.where(b > a, m, n + m))
 
 
 def average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:

@@ -28,7 +28,9 @@ def margin(logits: Logits, y: Labels) -> PerExample:
         [-2.]
     """
     others = jnp.where(jax.nn.one_hot(y, logits.shape[1], dtype=bool), -jnp.inf, logits)
-    return others.max(axis=1) - _entry(logits, y)
+    # By index: the gradient of a maximum looks for entries that equal it, and XLA may compute the
+    # logits anew for that, rounded otherwise (jax-ml/jax#40564).
+    return _entry(logits, others.argmax(axis=1)) - _entry(logits, y)
 
 
 def dlr(logits: Logits, y: Labels) -> PerExample:
