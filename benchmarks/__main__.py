@@ -7,7 +7,7 @@ from typing import Annotated
 import jax
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional, arg
 
 from ntk_awt.errors import choose
@@ -31,7 +31,8 @@ def main(
         choose("benchmark", name, BENCHMARKS)
     with jax.default_matmul_precision("highest"):  # or a GPU's peers would compute in TF32
         rows = [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]
-    table = Table("what", "ours", "peer", "unit", "peer / ours", "first call \\[s]", "peer is")
+    headers = ("what", "ours", "peer", "unit", "peer / ours", "first call \\[s]", "peer is")
+    table = Table(*(Column(header, overflow="fold") for header in headers))
     for row in rows:
         ours, peer, ratio, first = (
             f"{row[key]:.3g}" for key in ("ours", "peer", "ratio", "compile_seconds")

@@ -458,8 +458,9 @@ def _number(value: float) -> str:
 
 
 def _table(first: str, *headers: str, title: str | None = None) -> Table:
-    """An empty table; square brackets in its headers are units, not markup."""
-    return Table(Column(first, no_wrap=True), *map(escape, headers), title=title)
+    """An empty table that cuts no word; square brackets in its headers are units, not markup."""
+    others = [Column(escape(header), overflow="fold") for header in headers]
+    return Table(Column(first, no_wrap=True), *others, title=title)
 
 
 def _fitted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
