@@ -469,9 +469,9 @@ def _fitted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     widths = [max(map(len, [*header.split(), *cells])) for header, *cells in columns]
     fitting = [n for n in range(2, len(widths) + 1) if sum(widths[:n]) + 3 * n < console.width]
     shown = max(fitting, default=1)
-    table = Table()
-    for header, width in zip(headers[:shown], widths, strict=False):
-        table.add_column(escape(header), width=width)
+    table = _table(*headers[:shown])
+    for column, width in zip(table.columns, widths, strict=False):
+        column.width = width
     for row in rows:
         table.add_row(*row[:shown])
     return table

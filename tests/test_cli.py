@@ -538,17 +538,16 @@ def test_ticket_file_that_does_not_say_its_model(tmp_path, metadata, message, ca
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("width", [20, 80, 200])
-def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(width, monkeypatch):
+@pytest.mark.parametrize(("width", "columns"), [(20, 0), (80, 3), (200, 10)])
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(width, columns, monkeypatch):
     printed = io.StringIO()
     monkeypatch.setattr(cli, "console", Console(file=printed, width=width))
     headers = ("density", "network", *(f"{name} distance [rel.²]" for name in "abcdefghij"))
     cells = ["0.03", "snip-robust", *(f"{i}8.76 ± 0.12" for i in range(10))]
     cli.console.print(cli._fitted(headers, [cells]))
-    shown = sum(f"{i}8.76" in printed.getvalue() for i in range(10))
+    assert sum(f"{i}8.76" in printed.getvalue() for i in range(10)) == columns
     assert "…" not in printed.getvalue()
     assert "0.03" in printed.getvalue()
-    assert (width, shown) in {(20, 0), (80, 3), (200, 10)}
     assert max(map(len, printed.getvalue().splitlines())) <= width
 
 

@@ -30,7 +30,7 @@ def margin(logits: Logits, y: Labels) -> PerExample:
     others = jnp.where(jax.nn.one_hot(y, logits.shape[1], dtype=bool), -jnp.inf, logits)
     # By index: the gradient of a maximum looks for entries that equal it, and XLA may compute the
     # logits anew for that, rounded otherwise (jax-ml/jax#40564).
-    return _entry(logits, others.argmax(axis=1)) - _entry(logits, y)
+    return targeted_margin(logits, y, others.argmax(axis=1))
 
 
 def dlr(logits: Logits, y: Labels) -> PerExample:
