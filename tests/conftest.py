@@ -35,6 +35,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         raise pytest.UsageError(f"SLOW names no test: {', '.join(idle)}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _settings_stay():
+    """A module leaves JAX's settings as it found them: later ones compile as their processes do."""
+    import jax  # after the variables above, which it reads when it is imported
+
+    before = dict(jax.config.values)
+    yield
+    after = dict(jax.config.values)
+    assert after == before, "a test changed jax.config for the modules after it"
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with the real data sets, each in a sub-folder; skips where there is none."""

@@ -32,14 +32,6 @@ D, C, N, M, T = 5, 3, 4, 6, 3
 STEP = 0.3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Nearly all the time of these tests would be spent on optimising small programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def _double():
     with jax.enable_x64(True):

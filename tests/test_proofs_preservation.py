@@ -17,14 +17,6 @@ SLOW = ("test_single_precision_is_caught",)
 PLANTED = ("_attacked", "_trajectory", "_terms", "_defect")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Nearly all the time of these tests would be spent on optimising small programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Replaces a function, and forgets what was trained and compiled with another one."""
