@@ -38,7 +38,7 @@ from ntk_awt import config as configs
 from ntk_awt import data, files, hygiene, masks, methods, models, report, threats, tickets, training
 from ntk_awt._version import __version__
 from ntk_awt.assessment import Assessment, assess, identity, make_suites
-from ntk_awt.attacks import ATTACKS, CRITERIA, PGD, cross_entropy, example_keys
+from ntk_awt.attacks import ATTACKS, CRITERIA, PGD, perturb
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.config import EvaluationConfig, RunConfig, ThreatConfig, TicketConfig
 from ntk_awt.errors import InputError, choose
@@ -53,7 +53,7 @@ from ntk_awt.kernels import (
 from ntk_awt.masks import Ticket
 from ntk_awt.methods import Method, Trained, network_label, ordered
 from ntk_awt.threats import Threat
-from ntk_awt.types import Key, Network
+from ntk_awt.types import ApplyFn, Images, Key, Network
 
 VALIDATION_IMAGES = 1000
 """At most that many validation images are attacked after each epoch."""
@@ -172,6 +172,19 @@ class Observation(NamedTuple):
     kernel: jax.Array
 
 
+@dataclass(frozen=True)
+class _Observe:
+    """Outputs and kernel of a network on a probe set; equal for equal networks, as jit asks."""
+
+    apply: ApplyFn
+
+    def __call__(self, points: Images, perturbed: Images, ticket: Ticket) -> Observation:
+        params, mask, gain = ticket
+        outputs = self.apply(masks.effective(params, mask, gain), points)
+        kernel = empirical(self.apply, params, points, perturbed, mask=mask, gain=gain)
+        return Observation(outputs, kernel)
+
+
 class Run:
     """One configuration in one folder; its methods are the stages.
 
@@ -256,27 +269,16 @@ class Run:
         X̃ attacks the dense network at initialisation and stays the same for every network.
         """
         p = self.config.record.probe_size
-        x, y = self.dataset.x_validation[:p], self.dataset.y_validation[:p]
-        keys = example_keys(self.key("probe"), jnp.arange(p))
-        loss = cross_entropy(*self.network, jnp.asarray(y))
-        run = jax.jit(lambda x: self.training_attack.run(loss, x, self.threat, keys)[0])
-        return jnp.asarray(x), run(jnp.asarray(x))
+        x, y = (jnp.asarray(a[:p]) for a in (self.dataset.x_validation, self.dataset.y_validation))
+        found = perturb(self.training_attack, *self.network, x, y, self.threat, self.key("probe"))
+        return x, found.images
 
     @cached_property
     def observe(self) -> Callable[[Ticket], Observation]:
         """Outputs and kernel of a network on the probe set, as a pure function."""
         clean, perturbed = self.probe
         points = jnp.concatenate([clean, perturbed])
-        apply = self.network.apply
-
-        def observe(ticket: Ticket) -> Observation:
-            params, mask, gain = ticket
-            outputs = apply(masks.effective(params, mask, gain), points)
-            return Observation(
-                outputs, empirical(apply, params, points, perturbed, mask=mask, gain=gain)
-            )
-
-        return observe
+        return jax.tree_util.Partial(_Observe(self.network.apply), points, perturbed)
 
     def load_ticket(self, name: str) -> Ticket:
         """A network at initialisation, from its file."""

@@ -172,7 +172,11 @@ class EpochRecord(NamedTuple):
 
 
 Observe: TypeAlias = Callable[[Ticket], Any]
-"""A pure function of the network, evaluated inside the jitted epoch."""
+"""A pure function of the network, evaluated inside the jitted epoch.
+
+Arrays bound to it by `jax.tree_util.Partial` are arguments of the epoch, not constants: observing
+at other points compiles nothing anew.
+"""
 
 Callback: TypeAlias = Callable[[EpochRecord], None]
 
@@ -206,7 +210,6 @@ class _Static(NamedTuple):
 
     apply: ApplyFn
     attack: Attack
-    observe: Observe
     config: TrainConfig
     records: int
     epoch_steps: int
@@ -224,6 +227,7 @@ def _epoch(
     labels: Labels,
     threat: Threat,
     key: Key,
+    observe: jax.tree_util.Partial,
     static: _Static,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array], Any]:
     optimizer = static.optimizer()
@@ -250,13 +254,13 @@ def _epoch(
 
     def chunk(state: TrainState, rows: jax.Array) -> tuple[TrainState, Any]:
         state, metrics = jax.lax.scan(step, state, rows)
-        return state, (metrics, static.observe(ticket._replace(params=state.params)))
+        return state, (metrics, observe(ticket._replace(params=state.params)))
 
     state, (metrics, observations) = jax.lax.scan(chunk, state, chunks)
     return state, jax.tree.map(jnp.ravel, metrics), observations
 
 
-_observe_once = jax.jit(lambda observe, ticket: observe(ticket), static_argnums=0)
+_observe_once = jax.jit(lambda observe, ticket: observe(ticket))
 
 
 def fit(
@@ -288,7 +292,7 @@ def fit(
         threat: the threat model.
         attack: the maximiser inside the loss.
         key: decides batches and attacks; the same key gives the same batches to every network.
-        observe: evaluated inside the epoch, `records` times.
+        observe: evaluated inside the epoch, `records` times; see `Observe`.
         records: observations an epoch, evenly spaced.
         callbacks: called after every epoch with its `EpochRecord`, before the checkpoint.
         checkpoints: folder to save the state in after each epoch, and to resume from; the caller
@@ -308,7 +312,9 @@ def fit(
     check_count("records", records, low=1)
     images, labels = check_examples(apply, ticket.params, images, labels, threat)
     epoch_steps = steps_per_epoch(images.shape[0], config, records)
-    static = _Static(apply, attack, observe, config, records, epoch_steps, weights)
+    static = _Static(apply, attack, config, records, epoch_steps, weights)
+    if not isinstance(observe, jax.tree_util.Partial):
+        observe = jax.tree_util.Partial(observe)
     # Copies: the epoch donates its state, and the ticket belongs to the caller.
     params = jax.tree.map(jnp.array, ticket.params)
     state = TrainState(jnp.zeros((), jnp.int32), params, static.optimizer().init(params))
@@ -320,7 +326,9 @@ def fit(
             first = None
             if epoch == 1:
                 first = _observe_once(observe, ticket)
-            state, (loss, accuracy), observed = _epoch(state, ticket, *arrays, threat, key, static)
+            state, (loss, accuracy), observed = _epoch(
+                state, ticket, *arrays, threat, key, observe, static
+            )
             check_finite(f"training loss in epoch {epoch}", loss)
             if first is not None:
                 steps = np.concatenate([[0], steps])

@@ -373,6 +373,45 @@ def test_a_plan_for_another_mask_of_its_size_gives_that_masks_kernel():
         np.testing.assert_allclose(kernel, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
+def test_masks_that_keep_as_much_in_each_unit_need_no_empty_rows():
+    """Their selections have equal shapes, and the kernel is the same with and without padding."""
+    mask, x = sparse(WIDE.params, 0.2), wide_images(3)
+    turned = jax.tree.map(lambda m: m[::-1] if m.ndim > 1 else m, mask)
+    found = kernels.plan(WIDE, WIDE.params, x, mask=mask, forms={"dense1/kernel": "packed"})
+
+    def selected(mask, padded):
+        return kernels.selection(found, WIDE, WIDE.params, x, mask, padded=padded)
+
+    exact, padded = selected(turned, False), selected(turned, True)
+    assert exact[0].valid.any(axis=1).all()
+    assert not padded[0].valid.any(axis=1).all()
+    assert jax.tree.map(np.shape, exact) == jax.tree.map(np.shape, selected(mask, False))
+
+    @jax.jit
+    def kernel(mask, entries):
+        return kernels.empirical(WIDE, WIDE.params, x, mask=mask, plan=found, selection=entries)
+
+    wanted = kernels.empirical(WIDE, WIDE.params, x, mask=turned, engine="products")
+    for entries in (exact, padded):
+        np.testing.assert_allclose(
+            kernel(turned, entries), wanted, rtol=1e-4, atol=1e-5 * float(wanted.max())
+        )
+    for wrong in (selected(mask, False), selected(mask, True)):  # the other mask's rows
+        assert np.abs(kernel(turned, wrong) - wanted).max() > 1e-2 * wanted.max()
+
+
+def test_plans_that_compute_the_same_are_equal():
+    """What it cost to choose them does not count: jit compiles once for them."""
+    found = plan(mask=GIVEN["mask"])
+    head = replace(found.layers[1], costs=(), kept=1)
+    same = replace(found, costs=(), bytes=(0, 0), layers=(found.layers[0], head))
+    assert same == found
+    assert hash(same) == hash(found)
+    other = replace(found, layers=(found.layers[0], replace(head, form="kept")))
+    assert found.layers[1].form != "kept"
+    assert other != found
+
+
 # ---------------------------------------------------------------- wrong plans
 
 

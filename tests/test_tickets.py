@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 from functools import partial
 
 import jax
@@ -29,6 +30,8 @@ from ntk_awt.tickets.objective import (
 from ntk_awt.tickets.saliency import removal
 from ntk_awt.tickets.solver import Selection, step_size
 from tests.test_kernels import reference
+
+search = importlib.import_module("ntk_awt.tickets.search")  # the package's `search` is the function
 
 SLOW = (
     "test_search_works_under_l2",
@@ -831,6 +834,18 @@ def test_chunks_share_one_compilation(net, first, problem, held_out):
     once = traces
     run(many, problem._replace(threat=Linf(0.05), key=jax.random.key(5)))
     assert traces == once
+
+
+@pytest.mark.parametrize("rule", ["regrow", "regrow-units"])
+def test_masks_of_one_size_share_the_reselection(net, problem, held_out, rule):
+    """Another mask to start from, of the same allocation: nothing but the steps is compiled."""
+    config = change(ticket_steps=4, ticket_records=1, reselect_every=2, reselect=rule)
+    counts = []
+    for seed in (4, 5):
+        start = begin(net, config, draw(net, problem, "random", MaskConfig(density=0.3), seed))
+        run_search(net, problem, held_out, start, config)
+        counts.append((search._refresh._cache_size(), search._measure._cache_size()))
+    assert counts[0] == counts[1]
 
 
 def test_search_works_under_l2(net, first, problem, held_out):

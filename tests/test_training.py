@@ -417,6 +417,24 @@ def test_one_compilation_for_all_tickets_and_epochs():
     assert len(set(counts)) == 1
 
 
+def seen_at(points: Any, ticket: Ticket) -> Any:
+    return apply(masks.effective(*ticket), points)
+
+
+def test_observing_at_other_points_compiles_nothing():
+    """Arrays bound by `Partial` are arguments of the epoch; bound otherwise they are constants."""
+    records: list[EpochRecord] = []
+    one, two = jnp.asarray(X[:2]), jnp.asarray(X[2:4])
+    train(observe=jax.tree_util.Partial(seen_at, one))
+    before = len(traces)
+    trained = train(observe=jax.tree_util.Partial(seen_at, two), callbacks=[records.append])
+    assert len(traces) == before
+    np.testing.assert_allclose(records[-1].observations[-1], seen_at(two, trained), atol=1e-6)
+    before = len(traces)
+    train(observe=partial(seen_at, two))
+    assert len(traces) > before
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

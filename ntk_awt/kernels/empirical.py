@@ -121,7 +121,13 @@ def empirical(
 
 
 def selection(
-    plan: Plan, apply: ApplyFn | Network, params: Params, x: Images, mask: Mask
+    plan: Plan,
+    apply: ApplyFn | Network,
+    params: Params,
+    x: Images,
+    mask: Mask,
+    *,
+    padded: bool = True,
 ) -> list[Any]:
     """What the plan's forms need of a mask, as arrays that may be arguments of a jitted function.
 
@@ -132,6 +138,8 @@ def selection(
         apply, params: the network; only shapes are looked at.
         x: images [n, *shape]; only the shape is looked at.
         mask: m, booleans that can be read now.
+        padded: False where all masks keep as many weights in each *unit*: their shapes are the same
+            then without empty rows, which cost as much as full ones.
 
     Returns:
         A list of arrays, for `empirical(plan=plan, selection=…)`.
@@ -157,7 +165,7 @@ def selection(
     """
     check_same_tree("mask", mask, params)
     function: Any = getattr(apply, "apply", apply)
-    return _selection(plan, function, params, x, mask, padded=True)
+    return _selection(plan, function, params, x, mask, padded=padded)
 
 
 def _check_plan(

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import jax
@@ -62,16 +62,18 @@ class Layer:
     positions: int
     inputs: int
     units: int
-    kept: int | None
+    kept: int | None = field(compare=False)
     form: str
     width: int
     chunks: int
-    costs: tuple[tuple[str, float], ...]
+    costs: tuple[tuple[str, float], ...] = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a kernel is computed; printed as a table. From `plan`, for `empirical(plan=…)`.
+
+    Plans are equal if they compute the same, whatever it costs: masks share a compiled function.
 
     Attributes:
         engine: "layerwise", "contraction" or "products".
@@ -102,8 +104,8 @@ class Plan:
     stored: bool
     layers: tuple[Layer, ...]
     others: tuple[str, ...]
-    costs: tuple[tuple[str, float], ...]
-    bytes: tuple[int, int]
+    costs: tuple[tuple[str, float], ...] = field(compare=False)
+    bytes: tuple[int, int] = field(compare=False)
 
     def __str__(self) -> str:
         engines = ", ".join(f"{name} {cost:.3g}" for name, cost in self.costs)

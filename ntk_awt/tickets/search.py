@@ -291,6 +291,8 @@ def search(
     static = _Static(apply, attack, config, gain, None)
     if solver.fixed_mask and config.jacobian == "masked" and config.estimator == "exact":
         static = static._replace(plan=_plan(apply, problem, state.solver.ticket, config))
+    # Empty rows only where a unit's number of kept weights changes.
+    padded = config.reselect_every > 0 and config.reselect != "regrow-units"
     best, lowest, waited = state.best, float(state.lowest), int(state.waited)
     inner = state.solver
 
@@ -308,7 +310,9 @@ def search(
         if static.plan is None:
             return []
         weights, ticket = effective(*inner.ticket), inner.ticket
-        return kernels.selection(static.plan, apply, weights, problem.x[:1], ticket.mask)
+        return kernels.selection(
+            static.plan, apply, weights, problem.x[:1], ticket.mask, padded=padded
+        )
 
     if int(inner.step) == 0:
         record(float("nan"))
@@ -323,7 +327,7 @@ def search(
         check_finite(f"objective of the search before step {end}", value)
         total, steps = total + float(value), steps + ahead
         if end in refreshes:
-            inner = _refresh(inner, problem, static)
+            inner = _refresh(inner, problem, static._replace(plan=None))  # one for all masks
             selection = select()
         if end in records:
             record(total / steps)
