@@ -130,6 +130,7 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         gain: not used: the gain of the start stays, since the weights themselves are optimised.
     """
     optimizer = optax.adam(step_size(config.ticket_learning_rate, config))
+    units = config.reselect == "regrow-units"
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
         pruned = jax.tree.map(lambda w, m: jnp.where(m, 0, w), params, ticket.mask)
@@ -166,7 +167,6 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         scores = sensitivity(apply, weights, target.x, target.key)
         done = state.step / config.ticket_steps
         share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * done))
-        units = config.reselect == "regrow-units"
         return Ticket(*reselect(params, mask, scores, gradient, share, units=units), gain)
 
     def largest(state: SolverState) -> tuple[Ticket, Params]:
@@ -188,4 +188,4 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         )
         return SolverState(state.step, ticket, Memory(optimizer_state, memory.balance, pruned))
 
-    return Solver(init, update, refresh, fixed_mask=True)
+    return Solver(init, update, refresh, fixed_mask=True, fixed_units=units)

@@ -139,34 +139,39 @@ def _target(
 
 
 class _Static(NamedTuple):
-    """Everything of a search that jit compiles in; `plan` where the mask is fixed and known."""
+    """Everything of a search that jit compiles in, whichever the mask."""
 
     apply: ApplyFn
     attack: Attack
     config: TicketConfig
     gain: str
-    plan: Plan | None
 
     def solver(self) -> Solver:
         return SOLVERS[self.config.solver](self.apply, self.config, self.gain)
 
-    def kernel(self, selection: Any) -> KernelFn:
-        if self.plan is None:
-            return empirical
-        return partial(empirical, plan=self.plan, selection=selection)
 
-
-@partial(jax.jit, static_argnames="static", donate_argnames="state")
+@partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="state")
 def _chunk(
-    state: SolverState, problem: Problem, selection: Any, end: jax.Array, static: _Static
+    state: SolverState,
+    problem: Problem,
+    selection: Any,
+    end: jax.Array,
+    static: _Static,
+    plan: Plan | None,
 ) -> tuple[SolverState, jax.Array]:
-    """Steps up to `end`; the sum of their objectives, infinite if one is not finite."""
+    """Steps up to `end`; the sum of their objectives, infinite if one is not finite.
+
+    With a plan, where the mask is fixed and known, `selection` is of that mask.
+    """
     solver = static.solver()
+    kernel: KernelFn = empirical
+    if plan is not None:
+        kernel = partial(empirical, plan=plan, selection=selection)
 
     def step(carry: tuple[SolverState, jax.Array]) -> tuple[SolverState, jax.Array]:
         state, total = carry
         target = _target(problem, state, static.apply, static.attack, static.config)
-        state, value = solver.update(state, target, static.kernel(selection))
+        state, value = solver.update(state, target, kernel)
         return state, total + jnp.where(jnp.isfinite(value), value, jnp.inf)
 
     start = (state, jnp.zeros(()))
@@ -288,11 +293,11 @@ def search(
             got=str(config.ticket_batch_size),
         )
     solver = SOLVERS[config.solver](apply, config, gain)
-    static = _Static(apply, attack, config, gain, None)
+    static, plan = _Static(apply, attack, config, gain), None
     if solver.fixed_mask and config.jacobian == "masked" and config.estimator == "exact":
-        static = static._replace(plan=_plan(apply, problem, state.solver.ticket, config))
-    # Empty rows only where a unit's number of kept weights changes.
-    padded = config.reselect_every > 0 and config.reselect != "regrow-units"
+        plan = _plan(apply, problem, state.solver.ticket, config)
+    records, refreshes = record_steps(config), _refresh_steps(config, solver)
+    padded = bool(refreshes) and not solver.fixed_units
     best, lowest, waited = state.best, float(state.lowest), int(state.waited)
     inner = state.solver
 
@@ -307,27 +312,24 @@ def search(
         on_record(saved, SearchRecord(int(inner.step), values, objective, float(value)))
 
     def select() -> Any:
-        if static.plan is None:
+        if plan is None:
             return []
         weights, ticket = effective(*inner.ticket), inner.ticket
-        return kernels.selection(
-            static.plan, apply, weights, problem.x[:1], ticket.mask, padded=padded
-        )
+        return kernels.selection(plan, apply, weights, problem.x[:1], ticket.mask, padded=padded)
 
     if int(inner.step) == 0:
         record(float("nan"))
-    records, refreshes = record_steps(config), _refresh_steps(config, solver)
     selection, total, steps = select(), 0.0, 0
     for end in sorted({*records, *refreshes}):
         if (ahead := end - int(inner.step)) <= 0:
             continue
         if config.patience and waited >= config.patience:
             break
-        inner, value = _chunk(inner, problem, selection, jnp.array(end), static)
+        inner, value = _chunk(inner, problem, selection, jnp.array(end), static, plan)
         check_finite(f"objective of the search before step {end}", value)
         total, steps = total + float(value), steps + ahead
         if end in refreshes:
-            inner = _refresh(inner, problem, static._replace(plan=None))  # one for all masks
+            inner = _refresh(inner, problem, static)
             selection = select()
         if end in records:
             record(total / steps)

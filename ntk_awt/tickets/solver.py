@@ -58,12 +58,14 @@ class Solver:
         refresh: `(state, target) -> state`, which selects another mask with the same number of kept
             weights in each layer; called every `reselect_every` steps. None if the solver has none.
         fixed_mask: whether `update` leaves the mask as it is: kernels may then rely on its zeros.
+        fixed_units: whether `refresh` keeps the number of weights of each unit too.
     """
 
     init: Callable[[Params, Ticket, Key], SolverState]
     update: Update
     refresh: Callable[[SolverState, Target], SolverState] | None = None
     fixed_mask: bool = False
+    fixed_units: bool = False
 
 
 @dataclass(frozen=True)
