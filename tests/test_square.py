@@ -143,12 +143,40 @@ def test_images_that_are_vectors():
     assert np.any(np.asarray(linear(w, z)).argmax(1) != Y)
 
 
+@pytest.mark.parametrize("name", ["linf", "l2"])
+def test_channels_first_is_the_same_search(name: str):
+    """Pictures [c, h, w] get the moves of the same pictures as [h, w, c]."""
+    threat = threat_models.make(name, {"linf": 0.125, "l2": 0.5}[name], X[0].size)
+    first = np.moveaxis(X, -1, 1)
+
+    def transposed(params: Any, z: Any) -> Any:
+        return linear(params, jnp.moveaxis(z, 1, -1))
+
+    def found(apply: Any, x: Any, channels: int | None) -> np.ndarray:
+        def never_wrong(params: Any, z: Any) -> Any:
+            return apply(params, z) + 100 * jax.nn.one_hot(Y, 3)
+
+        attack, loss = Square(30, channels=channels), cross_entropy(never_wrong, W, jnp.asarray(Y))
+        z = jax.jit(lambda t: attack.run(loss, jnp.asarray(x), t, KEYS)[0])(threat)
+        return np.asarray(z)
+
+    wanted = found(linear, X, -1)
+    # An L2 norm sums its squares in another order: √72 units of roundoff a query, relative.
+    tolerance = {"linf": 0, "l2": 30 * 9 * 2.0**-24}[name]
+    for channels in (0, None):
+        z = np.moveaxis(found(transposed, first, channels), 1, -1)
+        np.testing.assert_allclose(z, wanted, rtol=0, atol=tolerance)
+    rows_as_channels = np.moveaxis(found(transposed, first, -1), 1, -1)
+    assert abs(rows_as_channels - wanted).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"steps": -1}, "Square steps: expected a whole number"),
         ({"share": 0.0}, "Square share: expected a number in"),
         ({"share": 1.5}, "Square share: expected a number in"),
+        ({"channels": 3}, "Square channels: expected an axis of a picture"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], match: str):
