@@ -121,7 +121,8 @@ def check_images(what: str, images: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -
         raise InputError(
             what,
             expected=f"values in [{low:.9g}, {high:.9g}]{where}",
-            got=f"[{lowest.min():.9g}, {highest.max():.9g}]",
+            # As short as tells these floats from all others of their dtype.
+            got="[{}, {}]".format(*np.array([lowest.min(), highest.max()]).astype(values.dtype)),
             fix="rescale the images, or set the data set's bounds",
         )
 

@@ -240,7 +240,7 @@ def check_threat(threat: Threat, x: np.ndarray) -> None:
         brightest = jnp.asarray(x[[norms.argmax()]])
         if float(threat._widths(brightest)[1].min()) == 0:
             warnings.warn(
-                f"delta {float(threat.delta):g} is lost in the rounding of the images, which then "
+                f"delta {float(threat.delta):g} is below the rounding of the images, which may "
                 "stay as they are: scale them down, or use a larger delta",
                 stacklevel=2,
             )
@@ -559,8 +559,8 @@ class StrongL2:
 
     Attributes:
         epsilon: ε, in pixel units.
-        delta: δ, in pixel units; from ε on it does not limit. Below some 2(‖x‖ + ε√(dk))·1e-7 it is
-            lost in the rounding of x + v, and B(x) = {x}.
+        delta: δ, in pixel units; from ε on it does not limit. Below some 2ε√(dk)·1e-7 it is lost in
+            rounding, and B(x) = {x}; so it may be below 2‖x‖·1e-7, by the rounding of x + v.
         basis: U, [d, k] for images of d pixels in all; made orthonormal. Only its span matters.
         bounds: the pixel box.
 
@@ -597,7 +597,7 @@ class StrongL2:
             )
 
     def _widths(self, x: Images) -> tuple[jax.Array, jax.Array]:
-        """δ less the rounding errors: of a signal that is measured, and of one to scale to, [n, 1].
+        """δ less rounding errors: of a signal that is measured [], and of one to scale to [n, 1].
 
         A coordinate u·v errs by about √d units of roundoff of ‖v‖ ≤ ε, and the rounded basis turns
         v by √k at most. To scale, x + v is rounded: each entry by less than the spacing there, two
@@ -636,10 +636,10 @@ class StrongL2:
         norm, signal = lengths(moved - flat_x)
         scale = jnp.minimum(_down_to(radius, norm), _down_to(width, signal))
         scaled = jnp.clip(_towards(flat_x, (moved - flat_x) * scale), low, high)
-        nearest = jnp.where(scale < 1, scaled, moved)
+        nearest = jnp.where((norm <= radius) & (signal <= measured), moved, scaled)
         result = jnp.where(fits, flat_z, nearest)
-        # Below the roundings of the sums only x is left.
-        return jnp.where((radius > 0) & (width > 0), result, flat_x).reshape(x.shape)
+        # Below the roundings of the lengths only x is left.
+        return jnp.where((radius > 0) & (measured > 0), result, flat_x).reshape(x.shape)
 
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""

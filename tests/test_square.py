@@ -143,31 +143,24 @@ def test_images_that_are_vectors():
     assert np.any(np.asarray(linear(w, z)).argmax(1) != Y)
 
 
-@pytest.mark.parametrize("name", ["linf", "l2"])
-def test_channels_first_is_the_same_search(name: str):
-    """Pictures [c, h, w] get the moves of the same pictures as [h, w, c]."""
-    threat = threat_models.make(name, {"linf": 0.125, "l2": 0.5}[name], X[0].size)
-    first = np.moveaxis(X, -1, 1)
+def test_channels_that_are_given():
+    """Where the shape does not tell, a setting does: [c, h, w] gets the moves of [h, w, c]."""
+    x, first = X[:, :2, :, :], np.moveaxis(X[:, :2, :, :], -1, 1)  # [2, 6, 2] and [2, 2, 6]
+    w = RNG.normal(size=(24, 3)).astype(np.float32)
 
-    def transposed(params: Any, z: Any) -> Any:
-        return linear(params, jnp.moveaxis(z, 1, -1))
-
-    def found(apply: Any, x: Any, channels: int | None) -> np.ndarray:
+    def found(z: np.ndarray, channels: int | None) -> np.ndarray:
         def never_wrong(params: Any, z: Any) -> Any:
-            return apply(params, z) + 100 * jax.nn.one_hot(Y, 3)
+            z = z if z.shape[1:] == x.shape[1:] else jnp.moveaxis(z, 1, -1)
+            return linear(params, z) + 100 * jax.nn.one_hot(Y, 3)
 
-        attack, loss = Square(30, channels=channels), cross_entropy(never_wrong, W, jnp.asarray(Y))
-        z = jax.jit(lambda t: attack.run(loss, jnp.asarray(x), t, KEYS)[0])(threat)
-        return np.asarray(z)
+        attack, loss = Square(20, channels=channels), cross_entropy(never_wrong, w, jnp.asarray(Y))
+        return np.asarray(
+            jax.jit(lambda t: attack.run(loss, jnp.asarray(z), t, KEYS)[0])(Linf(0.1))
+        )
 
-    wanted = found(linear, X, -1)
-    # An L2 norm sums its squares in another order: √72 units of roundoff a query, relative.
-    tolerance = {"linf": 0, "l2": 30 * 9 * 2.0**-24}[name]
-    for channels in (0, None):
-        z = np.moveaxis(found(transposed, first, channels), 1, -1)
-        np.testing.assert_allclose(z, wanted, rtol=0, atol=tolerance)
-    rows_as_channels = np.moveaxis(found(transposed, first, -1), 1, -1)
-    assert abs(rows_as_channels - wanted).max() > 0.01
+    wanted = found(x, None)
+    np.testing.assert_array_equal(np.moveaxis(found(first, 0), 1, -1), wanted)
+    assert abs(np.moveaxis(found(first, None), 1, -1) - wanted).max() > 0.1
 
 
 @pytest.mark.parametrize(
