@@ -118,11 +118,12 @@ def check_images(what: str, images: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -
             where = f" at {tuple(map(int, at))} of an image"
             low, high = (np.broadcast_to(bound, shape)[at] for bound in (low, high))
             lowest, highest = lowest[at], highest[at]
+        # As short as tells these floats from all others of their dtype.
+        got = (str(values.dtype.type(v)).removesuffix(".0") for v in (lowest.min(), highest.max()))
         raise InputError(
             what,
             expected=f"values in [{low:.9g}, {high:.9g}]{where}",
-            # As short as tells these floats from all others of their dtype.
-            got="[{}, {}]".format(*np.array([lowest.min(), highest.max()]).astype(values.dtype)),
+            got=f"[{', '.join(got)}]",
             fix="rescale the images, or set the data set's bounds",
         )
 

@@ -111,16 +111,15 @@ def _as_box(bounds: Any) -> Box:
 
     try:
         low, high = (np.asarray(bound, np.float64) for bound in bounds)
-        valid = bool(np.all(low <= high) and np.all(low < np.inf) and np.all(high > -np.inf))
+        if np.all(low <= high) and np.all(low < np.inf) and np.all(high > -np.inf):
+            return frozen(low.tolist()), frozen(high.tolist())
     except (TypeError, ValueError):  # of another length, no numbers, shapes that don't broadcast
-        valid = False
-    if not valid:
-        raise InputError(
-            "bounds",
-            expected="(low, high) with low ≤ high, numbers or arrays that broadcast to an image",
-            got=f"{bounds}".replace("\n", ""),
-        )
-    return frozen(low.tolist()), frozen(high.tolist())
+        pass
+    raise InputError(
+        "bounds",
+        expected="(low, high) with low ≤ high, numbers or arrays that broadcast to an image",
+        got=f"{bounds}".replace("\n", ""),
+    )
 
 
 def ends(bounds: Box, x: Images) -> tuple[jax.Array, jax.Array]:

@@ -39,7 +39,7 @@ def run(attack: Any, threat: Any, params: Any, x: Any, y: Any, key: Any) -> Any:
 def test_attacks(mode: str, attack: str, name: str):
     made = APGD("targeted-margin", steps=2) if attack == "targets" else ATTACKS[attack](steps=2)
     threat = threat_models.make(name, 0.2, D)
-    given = threat, *map(jnp.asarray, (W, X, Y)), jax.random.key(0)
+    given: Any = (threat, *map(jnp.asarray, (W, X, Y)), jax.random.key(0))
     # Promotions are judged when a program is traced.
     z, loss = run(made, *given) if mode == "no jit" else jax.eval_shape(partial(run, made), *given)
     assert z.shape == X.shape

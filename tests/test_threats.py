@@ -90,9 +90,10 @@ def case(name: str, n: int, d: int, kind: str, epsilon: float, seed: int, bounds
     rng = np.random.default_rng(seed)
     size = 10.0 ** rng.uniform(-2, 6)
     low, high = (np.broadcast_to(np.asarray(bound, np.float64), d) for bound in bounds)
-    finite = np.where(np.isinf(low), -size, low), np.where(np.isinf(high), size, high)
-    width = finite[1] - finite[0]
-    x = np.clip(rng.uniform(finite[0] - width / 2, finite[1] + width / 2, (n, d)), low, high)
+    darkest = np.where(np.isinf(low), -size, low)
+    brightest = np.where(np.isinf(high), darkest + 2 * size, high)
+    width = brightest - darkest
+    x = np.clip(rng.uniform(darkest - width / 2, brightest + width / 2, (n, d)), low, high)
     x = x.astype(np.float32)
     noise = rng.normal(size=(n, d))
     noise /= norms(noise, ORDER[name])[:, None]  # on the unit sphere of the ball's norm
@@ -102,7 +103,10 @@ def case(name: str, n: int, d: int, kind: str, epsilon: float, seed: int, bounds
         "inside": epsilon * noise * rng.uniform(0, 1, (n, 1)),
         "sphere": epsilon * noise,
         "shift": np.full((n, d), rng.uniform(-1, 1)),
-        "inward": 2 * epsilon * np.abs(noise) * np.where(x < sum(finite) / 2, 1, -1),  # no clip
+        "inward": 2
+        * epsilon
+        * np.abs(noise)
+        * np.where(x < (darkest + brightest) / 2, 1, -1),  # no clip
         "huge": 1e15 * noise,
         "same": 0 * noise,
     }[kind]
@@ -116,7 +120,7 @@ SHAPES = [(4, 1), (1, 2), (4, 17), (2, 784), (4, 3000)]
 def cases(name: str) -> st.SearchStrategy[Case]:
     return st.builds(
         lambda where, kind, epsilon, seed: case(
-            name, *where[0], kind, epsilon, seed, BOXES[where[1]](where[0][1])
+            name, where[0][0], where[0][1], kind, epsilon, seed, BOXES[where[1]](where[0][1])
         ),
         st.sampled_from(list(itertools.product(SHAPES, BOXES))[::3]),  # each of both is among them
         st.sampled_from(KINDS),
