@@ -69,8 +69,19 @@ def check_finite(what: str, tree: Any) -> None:
             )
 
 
-def check_images(what: str, images: Any, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Raise unless `images` is a floating array [n, *shape], finite and inside `bounds`."""
+def check_images(what: str, images: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -> None:
+    """Raise unless `images` is a floating array [n, *shape], finite and inside `bounds`.
+
+    Values that were scaled as (x − mean)/std in float32, or in the dtype of the images where that
+    is coarser, lie outside exact bounds by 4u(|low| + |high|) at most, u its unit roundoff: u
+    (high − low) of the rounded mean and std, 2u of the division, u of the bounds. So much is
+    allowed.
+
+    Args:
+        what: name of the images.
+        images: [n, *shape].
+        bounds: (low, high), numbers or arrays that broadcast to one image.
+    """
     values = np.asarray(images)
     if not jnp.issubdtype(values.dtype, np.floating):
         raise InputError(
@@ -82,12 +93,37 @@ def check_images(what: str, images: Any, bounds: tuple[float, float] = (0.0, 1.0
     if values.ndim < 2:
         raise InputError(what, expected="an array [n, *shape]", got=f"shape {values.shape}")
     check_finite(what, values)
-    low, high = bounds
-    if values.size and (values.min() < low or values.max() > high):
+    low, high = (np.asarray(bound, np.float64) for bound in bounds)
+    shape = values.shape[1:]
+    for bound in (low, high):
+        # Broadcasting as NumPy does it: no axis more than an image, each of size 1 or the image's.
+        pairs = zip(bound.shape[::-1], shape[::-1], strict=False)
+        if bound.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in pairs):
+            raise InputError(
+                f"bounds of {what}",
+                expected=f"numbers, or arrays that broadcast to an image of shape {shape}",
+                got=f"shape {bound.shape}",
+                fix="give those of c channels shape (c,) for [h, w, c], (c, 1, 1) for [c, h, w]",
+            )
+    if values.size == 0:
+        return
+    u = max(float(jnp.finfo(values.dtype).eps), 2.0**-23) / 2
+    slack = 4 * u * sum(np.where(np.isfinite(bound), abs(bound), 0.0) for bound in (low, high))
+    lowest, highest = (end.astype(np.float64) for end in (values.min(0), values.max(0)))
+    excess = np.maximum(low - lowest, highest - high) - slack
+    if np.any(excess > 0):
+        where = ""
+        if low.ndim or high.ndim:  # the bounds of the pixel that is furthest outside
+            at = np.unravel_index(excess.argmax(), shape)
+            where = f" at {tuple(map(int, at))} of an image"
+            low, high = (np.broadcast_to(bound, shape)[at] for bound in (low, high))
+            lowest, highest = lowest[at], highest[at]
+        # As short as tells these floats from all others of their dtype.
+        got = (str(values.dtype.type(v)).removesuffix(".0") for v in (lowest.min(), highest.max()))
         raise InputError(
             what,
-            expected=f"values in [{low:g}, {high:g}]",
-            got=f"[{values.min():g}, {values.max():g}]",
+            expected=f"values in [{low:.9g}, {high:.9g}]{where}",
+            got=f"[{', '.join(got)}]",
             fix="rescale the images, or set the data set's bounds",
         )
 

@@ -32,7 +32,7 @@ from ntk_awt.errors import (
     choose,
 )
 from ntk_awt.kernels.program import Step, evaluate
-from ntk_awt.threats import L2, Linf, StrongL2, Threat
+from ntk_awt.threats import L2, Linf, StrongL2, Threat, ends
 from ntk_awt.types import ApplyFn, Images, Labels, Params, PerExample
 
 LIPSCHITZ = {"cross_entropy": 2.0**0.5, "logistic": 1.0}
@@ -509,7 +509,8 @@ def _run(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[_Pair]) -> list[
 def _start(x: Array, threat: Any) -> _Box:
     """One image's threat set: the box around it in the pixel box, and the ball if it is one."""
     epsilon = jnp.asarray(threat.epsilon, x.dtype)
-    box = _Box(jnp.clip(x - epsilon, *threat.bounds), jnp.clip(x + epsilon, *threat.bounds))
+    low, high = ends(threat.bounds, x)
+    box = _Box(jnp.clip(x - epsilon, low, high), jnp.clip(x + epsilon, low, high))
     ball = None if isinstance(threat, Linf) else (x, epsilon)
     return _outward(box, 2, box.size)._replace(ball=ball)
 
