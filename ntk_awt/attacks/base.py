@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from ntk_awt.errors import InputError, check_finite, check_images, check_labels, check_number
+from ntk_awt.network import check_network
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
 
@@ -153,7 +154,7 @@ def check_examples(
         enabled) and int32.
 
     Raises:
-        InputError: what is wrong, see `perturb`.
+        InputError: what is wrong, see `perturb` and `network.check_network`.
     """
     check_number("epsilon", float(threat.epsilon), low=0)
     check_images("images", x, threat.bounds)
@@ -161,12 +162,8 @@ def check_examples(
         raise InputError("images", expected="at least one", got="none")
     wanted = np.float64 if np.asarray(x).dtype == np.float64 else np.float32
     images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
-    logits = jax.eval_shape(apply, params, images)
-    if logits.ndim != 2 or logits.shape[0] != len(x):
-        raise InputError(
-            "logits", expected=f"shape ({len(x)}, classes)", got=f"shape {logits.shape}"
-        )
-    check_labels("labels", y, len(x), logits.shape[1])
+    classes = check_network(apply, params, images, empty=True)
+    check_labels("labels", y, len(x), classes)
     return images, np.asarray(y, np.int32)
 
 
@@ -198,7 +195,8 @@ def perturb(
 
     Raises:
         InputError: images that are integer, NaN or out of range, labels out of range or of another
-            shape, a negative radius, logits that are not finite.
+            shape, a negative radius, a network that is none (`network.check_network`), logits that are
+            not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -15,6 +15,7 @@ from ntk_awt.attacks import Attack, cross_entropy
 from ntk_awt.config import MaskConfig
 from ntk_awt.errors import choose
 from ntk_awt.masks import Scores, Ticket
+from ntk_awt.network import check_network
 from ntk_awt.tickets.objective import attacked_inputs
 from ntk_awt.tickets.search import Problem
 from ntk_awt.types import ApplyFn, Images, Mask, Params
@@ -151,7 +152,7 @@ def baseline(
         A ticket of exactly that density.
 
     Raises:
-        InputError: unknown name, or what `masks.make` and `masks.energy_gain` raise.
+        InputError: unknown name, a network that is none, or what `masks.make` and `masks.energy_gain` raise.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -166,5 +167,6 @@ def baseline(
         (4, 3.162)
     """
     choose("baseline", name, BASELINES)
+    check_network(apply, problem.params, problem.x)
     mask = BASELINES[name](apply, problem, attack, config)
     return masks.sparse(problem.params, mask, config.gain)

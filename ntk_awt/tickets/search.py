@@ -15,6 +15,7 @@ from ntk_awt.config import TicketConfig, VariantConfig
 from ntk_awt.errors import InputError, check_finite, choose
 from ntk_awt.kernels import Plan, empirical
 from ntk_awt.masks import Ticket, effective
+from ntk_awt.network import check_network
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.awt import awt
 from ntk_awt.tickets.concrete import concrete
@@ -284,8 +285,10 @@ def search(
         objective on the held-out batch.
 
     Raises:
-        InputError: fewer images than a batch, or an objective that is no longer finite.
+        InputError: a network that is none (`network.check_network`), fewer images than a batch, or
+            an objective that is no longer finite.
     """
+    check_network(apply, problem.params, problem.x)
     if problem.x.shape[0] < config.ticket_batch_size:
         raise InputError(
             "ticket_batch_size",
@@ -372,6 +375,7 @@ def solve(
     Returns:
         The sparse network after `config.ticket_steps` steps; traceable.
     """
+    check_network(apply, params, target.x)
     solver = SOLVERS[config.solver](apply, config, gain)
 
     def step(state: SolverState, _: None) -> tuple[SolverState, None]:
