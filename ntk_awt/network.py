@@ -99,7 +99,10 @@ keep what is not trained out of params, e.g. equinox.partition(model, equinox.is
                 else "keep what is not trained out of params, e.g. "
                 "equinox.partition(model, equinox.is_inexact_array)",
             )
-        if isinstance(leaf, jax.Array | np.ndarray | np.generic) and _SEEN.get(id(leaf)) is not leaf:
+        if (
+            isinstance(leaf, jax.Array | np.ndarray | np.generic)
+            and _SEEN.get(id(leaf)) is not leaf
+        ):
             try:
                 check_finite(name, np.asarray(leaf))
             except (jax.errors.TracerArrayConversionError, RuntimeError):
@@ -108,9 +111,7 @@ keep what is not trained out of params, e.g. equinox.partition(model, equinox.is
                 _SEEN[id(leaf)] = leaf
 
 
-def check_network(
-    apply: Any, params: Any, x: Any, *, what: str = "", empty: bool = False
-) -> int:
+def check_network(apply: Any, params: Any, x: Any, *, what: str = "", empty: bool = False) -> int:
     """Raise unless `apply` maps these parameters and images to logits; their number.
 
     The function is traced, not run, and once only for each shape.
@@ -185,5 +186,7 @@ def _check_logits(logits: Any, n: int, name: str) -> int:
         raise InputError(name, expected=expected, got=f"shape {shape}", fix=fix)
     if not jnp.issubdtype(dtype, jnp.floating):
         fix = "return their real part, or a modulus" if dtype.kind == "c" else ""
-        raise InputError(name, expected="real floating-point numbers", got=f"dtype {dtype}", fix=fix)
+        raise InputError(
+            name, expected="real floating-point numbers", got=f"dtype {dtype}", fix=fix
+        )
     return shape[1]

@@ -195,8 +195,8 @@ def perturb(
 
     Raises:
         InputError: images that are integer, NaN or out of range, labels out of range or of another
-            shape, a negative radius, a network that is none (`network.check_network`), logits that are
-            not finite.
+            shape, a negative radius, a network that is none (`network.check_network`), logits
+            that are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
