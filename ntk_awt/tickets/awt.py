@@ -103,8 +103,10 @@ def reselect(
     leaves = [jax.tree.leaves(tree) for tree in (params, mask, scores, gradient)]
     chosen = jax.tree.leaves(prunable_leaves(params, prunable))
 
-    def leaf(p: bool, *layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rule(*layer) if p else layer[:2]
+    def leaf(
+        p: bool, w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return rule(w, m, s, g) if p else (w, m)
 
     new_params, new_mask = zip(*map(leaf, chosen, *leaves), strict=True)
     structure = jax.tree.structure(params)
