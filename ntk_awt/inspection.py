@@ -12,7 +12,6 @@ import importlib
 import json
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,12 +32,12 @@ from ntk_awt.errors import (
     check_images,
     check_labels,
     choose,
-    leaf_name,
 )
 from ntk_awt.experiment import Paths, Reporter, Run, open_run
 from ntk_awt.kernels import Plan
 from ntk_awt.masks import Ticket
 from ntk_awt.methods import ordered
+from ntk_awt.network import check_network, check_params, in_one_line
 from ntk_awt.types import Gain, Images, Mask, Network
 
 EIGENVECTORS = 6
@@ -242,12 +241,7 @@ def _users_code(what: str, expected: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        last = [f for f in frames if f.filename.startswith(here)] or frames
-        where = f"{Path(last[-1].filename).name}, line {last[-1].lineno}"
-        text = str(error).strip().partition("\n")[0]
-        got = f"{type(error).__name__}: {text} ({where})"
-        raise InputError(what, expected=expected, got=got) from error
+        raise InputError(what, expected=expected, got=in_one_line(error, here)) from error
     finally:
         sys.path.remove(here)
 
@@ -275,15 +269,7 @@ def _from_code(source: str) -> Source:
             got=", ".join(type(part).__name__ for part in parts),
         )
     apply, params = parts
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise InputError(
-                f"params of {source}: {leaf_name(path)}",
-                expected="an array of floats",
-                got=str(dtype or type(leaf).__name__),
-            )
-    check_finite(f"params of {source}:", params)
+    check_params(params, source)
     return Source(source, "", Network(apply, params), None, None, None, None)
 
 
@@ -371,13 +357,7 @@ def _check_taken(source: Source, inputs: Inputs) -> int:
         if source.shape is not None and x.shape[1:] != source.shape:
             expected = f"images of shape {source.shape}, which {source.name} takes"
             raise InputError("images", expected=expected, got=f"shape {x.shape[1:]}")
-        with _users_code("images", f"what {source.name} takes"):
-            logits = jax.eval_shape(apply, params, x)
-        shape = getattr(logits, "shape", None)
-        if shape is None or len(shape) != 2 or shape[0] != len(x):
-            got = type(logits).__name__ if shape is None else f"shape {shape}"
-            raise InputError(f"logits of {source.name}", expected=f"[{len(x)}, c]", got=got)
-        classes = shape[1]
+        classes = check_network(apply, params, x, what=source.name)
     return classes
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from ntk_awt.errors import InputError, check_finite, check_images, check_labels
+from ntk_awt.network import check_network
 from ntk_awt.threats import Threat, check_threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
 
@@ -22,13 +23,13 @@ LossFn: TypeAlias = Callable[[Images], PerExample]
 """`images[n, *shape] -> loss[n]`; the loss of an image depends on that image alone."""
 
 
-def check_classes(logits: Any) -> None:
-    """Raise unless logits (or their shape and dtype) tell two classes or more apart."""
-    if logits.shape[-1] < 2:
+def check_classes(shape: tuple[int, ...]) -> None:
+    """Raise unless logits of this shape tell two classes or more apart."""
+    if shape[-1] < 2:
         raise InputError(
             "logits",
             expected="those of two classes or more",
-            got=f"shape {logits.shape}",
+            got=f"shape {shape}",
             fix="for one output f give the logits (−f/2, f/2): their softmax is the sigmoid of f",
         )
 
@@ -51,7 +52,7 @@ class NetworkLoss:
     def logits(self, z: Images) -> Logits:
         """f(z), [n, c], in the dtype of z: attacks add and compare in that of the images."""
         logits = self.apply(self.params, z)
-        check_classes(logits)
+        check_classes(logits.shape)
         return logits.astype(z.dtype)
 
     def of(self, logits: Logits) -> PerExample:
@@ -167,7 +168,7 @@ def check_examples(
         enabled) and int32.
 
     Raises:
-        InputError: what is wrong, see `perturb`.
+        InputError: what is wrong, see `perturb` and `network.check_network`.
     """
     check_images("images", x, threat.bounds)
     if len(x) == 0:
@@ -175,13 +176,9 @@ def check_examples(
     wanted = np.float64 if np.asarray(x).dtype == np.float64 else np.float32
     images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
     check_threat(threat, images)
-    logits = jax.eval_shape(apply, params, images)
-    if logits.ndim != 2 or logits.shape[0] != len(x):
-        raise InputError(
-            "logits", expected=f"shape ({len(x)}, classes)", got=f"shape {logits.shape}"
-        )
-    check_classes(logits)
-    check_labels("labels", y, len(x), logits.shape[1])
+    classes = check_network(apply, params, images, empty=True)
+    check_classes((len(x), classes))
+    check_labels("labels", y, len(x), classes)
     return images, np.asarray(y, np.int32)
 
 
@@ -213,7 +210,8 @@ def perturb(
 
     Raises:
         InputError: images that are integer, NaN or out of range, labels out of range or of another
-            shape, a negative radius, logits that are not finite or of a single class.
+            shape, a negative radius, a network that is none (`network.check_network`), logits
+            that are not finite or of a single class.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -32,6 +32,7 @@ from ntk_awt.errors import (
     choose,
 )
 from ntk_awt.kernels.program import Step, evaluate
+from ntk_awt.network import check_network, check_params
 from ntk_awt.threats import L2, Linf, StrongL2, Threat, ends
 from ntk_awt.types import ApplyFn, Images, Labels, Params, PerExample
 
@@ -553,15 +554,10 @@ def _checked(
     check_images("images", x, threat.bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")
-    check_finite("weights", first)
+    check_network(apply, first, x)
     if second is not None:
         check_same_tree("second network", second, first)
-        check_finite("second network", second)
-    logits = jax.eval_shape(apply, first, x)
-    if logits.ndim != 2 or logits.shape[0] != len(x):
-        raise InputError(
-            "logits", expected=f"shape ({len(x)}, classes)", got=f"shape {logits.shape}"
-        )
+        check_params(second, "the second network")
     found = _propagated(apply, first, second, jnp.asarray(x), threat)
     check_finite("bounds", found)
     return found

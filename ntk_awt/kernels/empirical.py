@@ -20,6 +20,7 @@ from ntk_awt.kernels import engines, forms, planning, program
 from ntk_awt.kernels.engines import Engine
 from ntk_awt.kernels.planning import BUDGET, Plan
 from ntk_awt.masks import effective
+from ntk_awt.network import check_network
 from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params
 
 JACOBIANS = ("masked", "full")
@@ -90,6 +91,8 @@ def empirical(
     """
     function: Any = getattr(apply, "apply", apply)
     choose("jacobian", jacobian, JACOBIANS)
+    if plan is None:
+        check_network(function, params, x1)
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")
     weights, factor = params, None

@@ -27,6 +27,7 @@ from ntk_awt.errors import (
 from ntk_awt.kernels import program
 from ntk_awt.kernels.engines import ENGINES
 from ntk_awt.kernels.forms import EXPLICIT, FORMS, Cuts, row_counts
+from ntk_awt.network import check_network
 from ntk_awt.types import ApplyFn, Images, Mask, Network, Params
 
 OUTPUTS = ("full", "diagonal", "trace")
@@ -284,8 +285,8 @@ def make(
     check_count("number of images x2", n2, low=1)
     if mask is not None:
         check_same_tree("mask", mask, params)
+    classes = check_network(apply, params, x1)
     traced = program.trace(apply, params, x1)
-    classes = traced.shapes[traced.output].shape[1]
     check_outputs(outputs, classes)
     outputs = outputs if isinstance(outputs, str) else int(outputs)
     q = 1 if isinstance(outputs, int) else classes

@@ -44,6 +44,7 @@ from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_count, check_number, check_same_tree
 from ntk_awt.masks import masked, unit_gain
+from ntk_awt.network import check_network
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Mask, Network, Params
 
 # Accelerators may round the factors of a product to 10 bits unless told otherwise.
@@ -158,6 +159,7 @@ def kernel_product(
         [[5.0, 3.0], [3.0, 9.0]]
     """
     network: Any = getattr(apply, "apply", apply)
+    check_network(network, params, x1)
     other = x1 if x2 is None else x2
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")
