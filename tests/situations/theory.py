@@ -1,0 +1,204 @@
+"""Singular kernels, linear classifiers, and interval bounds of operations that networks have."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from ntk_awt.attacks import PGD
+from ntk_awt.config import ModelConfig
+from ntk_awt.dynamics import flow, infinite, preservation
+from ntk_awt.kernels import analytic
+from ntk_awt.threats import Linf
+from tests.situations import Outcome, near, refused, situation, warned
+
+# Any: NumPy's arrays are taken as well.
+frozen: Any = flow.frozen
+train: Any = infinite.adversarial_training
+prior_gap: Any = preservation.prior_gap
+
+# ---------------------------------------------------------------- singular kernels
+
+
+def _on_a_line(dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Θ(X, X), Θ(Z, X) and y of 100 points on a line: without bias the kernel is singular."""
+    x = np.linspace(-30.0, 30.0, 100)[:, None]
+    z = (x[1:] + x[:-1]) / 2
+    config = ModelConfig(parametrization="ntk", activation="relu", weight_std=1.5, bias_std=0.0)
+    with jax.enable_x64(dtype == np.float64):
+        kernel = analytic.network(config, (1,), 1).kernel_fn
+        points, others = x.astype(dtype), z.astype(dtype)
+        return (
+            np.asarray(kernel(points, None).ntk),
+            np.asarray(kernel(others, points).ntk),
+            np.sin(x / 10).astype(dtype),
+        )
+
+
+def _integrated(kernel_xx: Any, kernel_zx: Any, y: Any, t: float) -> np.ndarray:
+    """f_t(Z) from f_0 = 0 by one matrix exponential: Θ(Z, X)/N times the integral of y − f."""
+    n = len(y)
+    system = np.zeros((n + 1, n + 1))
+    system[:n, :n], system[:n, n:] = -kernel_xx / n, y
+    return kernel_zx @ scipy.linalg.expm(t * system)[:n, n:] / n
+
+
+@situation("theory: frozen flow of a kernel that is singular, in float32")
+def _() -> Outcome:
+    right = _integrated(*_on_a_line(np.float64), 1e4)
+    kernel_xx, kernel_zx, y = _on_a_line(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its least eigenvalue is where the warning begins
+        found = frozen(kernel_xx, 0 * y, y, [1e4], kernel_zx=kernel_zx, f_z=0 * kernel_zx[:, :1])
+    assert found.z is not None
+    return near(found.z[0], right, absolute=0.01)
+
+
+def _factors(rank: int, n: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [n, rank] of training points, of 5 others, and targets; float64."""
+    rng = np.random.default_rng(rank)
+    return rng.normal(size=(n, rank)), rng.normal(size=(5, rank)), rng.normal(size=(n, 1))
+
+
+def _limit(step: float | None) -> Outcome:
+    phi, psi, y = _factors(4)
+    single = [a.astype(np.float32) for a in (phi @ phi.T, 0 * y, y)]
+    other = {"kernel_zx": (psi @ phi.T).astype(np.float32), "f_z": np.zeros((5, 1), np.float32)}
+    found = frozen(*single, [np.inf], step=step, **other)
+    weights = np.linalg.lstsq(phi, y)[0]
+    right = np.concatenate([phi @ weights, psi @ weights])
+    return near(np.concatenate([found.x[0], found.z[0]]), right, absolute=1e-4)
+
+
+@situation("theory: limit of the frozen flow, t = ∞, singular kernel")
+def _() -> Outcome:
+    return _limit(None)
+
+
+@situation("theory: limit of gradient steps, k = ∞, singular kernel")
+def _() -> Outcome:
+    return _limit(0.3)
+
+
+def _spoilt(size: float) -> np.ndarray:
+    """A singular kernel less `size` times the identity, in parts of N·u·λ_max of float32."""
+    phi = _factors(4)[0]
+    kernel = phi @ phi.T
+    unit = len(kernel) * 2.0**-24 * np.linalg.eigvalsh(kernel)[-1]
+    return (kernel - size * unit * np.eye(len(kernel))).astype(np.float32)
+
+
+@situation("theory: a kernel that is more negative than rounding")
+def _() -> Outcome:
+    y = _factors(4)[2].astype(np.float32)
+    return warned(lambda: frozen(_spoilt(8), 0 * y, y, [1.0]), "count as 0", "float64")
+
+
+@situation("theory: gap of two singular kernels, in float32")
+def _() -> Outcome:
+    """The gap of D' = −Θ r, whose integral is as bounded as both flows."""
+    (phi, _, y), chi = _factors(3), _factors(4)[0]
+    wide, narrow = phi @ phi.T, chi @ chi.T
+    t = 1e7
+    outputs = [
+        y - scipy.linalg.expm(-t / len(y) * kernel) @ y for kernel in (wide, narrow)
+    ]  # both from 0
+    start = np.zeros_like(y, np.float32)
+    pair = [preservation.Frozen(k.astype(np.float32), start) for k in (wide, narrow)]
+    found = prior_gap(*pair, y.astype(np.float32), [t])
+    return near(found[0], outputs[0] - outputs[1], absolute=1e-3)
+
+
+@situation("theory: bound on the gap where the least eigenvalue is rounding")
+def _() -> Outcome:
+    """β + min(t, N/0)·α·r_0 with β = 0: linear in t for ever."""
+    y, t = _factors(4)[2].astype(np.float32), 1e9
+    start, kernel = 0 * y, _spoilt(-0.5)  # λ_min = N·u·λ_max/2 > 0
+    pair = preservation.Frozen(kernel, start), preservation.Frozen(kernel / 2, start)
+    alpha = np.linalg.norm(kernel / 2) / len(y)
+    residual = np.linalg.norm(y) / np.sqrt(len(y))
+    return near(preservation.prior_bound(*pair, y, [t]), [t * alpha * residual], relative=1e-5)
+
+
+def _linear_kernel(x1: Any, x2: Any = None) -> Any:
+    return SimpleNamespace(ntk=x1 @ (x1 if x2 is None else x2).T)
+
+
+@situation("theory: infinitely wide training on more points than features, in float32")
+def _() -> Outcome:
+    """f(x) = ⟨w, x⟩ ends at least squares, whatever the phases; ε = 0, so nothing moves."""
+    phi, psi, y = _factors(3)
+    phi, psi = phi / 10, psi / 10
+    training = train(
+        _linear_kernel, phi.astype(np.float32), y.astype(np.float32), threat=Linf(0.0, (-1.0, 1.0)),
+        attack=PGD(steps=1, random_start=False), key=jax.random.key(0), phases=2, phase_time=1e9,
+    )  # fmt: skip
+    found = infinite.predict(_linear_kernel, training, jnp.asarray(psi, jnp.float32))[-1]
+    return near(found, psi @ np.linalg.lstsq(phi, y)[0], absolute=1e-3)
+
+
+def _indefinite_kernel(x1: Any, x2: Any = None) -> Any:
+    return SimpleNamespace(ntk=-_linear_kernel(x1, x2).ntk)
+
+
+@situation("theory: infinitely wide training with a kernel that is not one")
+def _() -> Outcome:
+    x = np.eye(2, dtype=np.float32)
+    return refused(
+        lambda: train(
+            _indefinite_kernel, x, x, threat=Linf(0.0), attack=PGD(steps=1, random_start=False),
+            key=jax.random.key(0), phases=1, phase_time=1.0,
+        ),
+        "kernel of phase 0", "positive semidefinite",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- precision
+
+
+@situation("theory: frozen flow in float16")
+def _() -> Outcome:
+    f = np.full((3, 1), 300, np.float16)
+    found = frozen(200 * np.eye(3, dtype=np.float16), f, 0 * f, [0.01])
+    return near(found.x[0], np.full((3, 1), 300 * np.exp(-2 / 3)), relative=1e-6)
+
+
+def _followed(dtype: Any, scale: float = 1.0) -> preservation.Trajectory:
+    ones: Any = jnp.ones((1, 4, 1), dtype)
+    return preservation.Trajectory(
+        z=ones[0], x=ones, outputs=scale * jnp.ones((2, 4, 1), dtype), gradients=ones,
+        kernels=jnp.full((1, 4, 4, 1, 1), 200, dtype), remainders=0 * ones,
+    )  # fmt: skip
+
+
+@situation("theory: bound on a gap in float16, whose squares overflow")
+def _() -> Outcome:
+    found = preservation.posterior_bound(
+        _followed(np.float16, 300.0), _followed(np.float16, 0.0), 1.0
+    )
+    return near(found, [600.0, 600.0], relative=1e-6)
+
+
+@situation("theory: bound on a gap of NaN")
+def _() -> Outcome:
+    pair = _followed(np.float32), _followed(np.float32, np.nan)
+    return refused(lambda: preservation.posterior_bound(*pair, 1.0), "sparse outputs", "NaN")
+
+
+@situation("theory: frozen flow with complex targets")
+def _() -> Outcome:
+    f = np.ones((2, 1), np.float32)
+    return refused(lambda: frozen(np.eye(2), f, 1j * f, [1.0]), "y: expected real numbers")
+
+
+@situation("theory: loss gradient in float16 of logits that are far apart")
+def _() -> Outcome:
+    """Four classes with equal logits but for one 8 below: p = e^{−8}/(3 + e^{−8}) = 1.1e-4."""
+    logits, targets = jnp.array([[8.0, 8, 8, 0]], jnp.float16), jnp.zeros((1, 4), jnp.float16)
+    share = np.exp(-8) / (3 + np.exp(-8))
+    found = flow.loss_gradient("cross-entropy", logits, targets)
+    return near(found[0, 3] / share, 1.0, absolute=1e-5)
