@@ -1,6 +1,7 @@
 """Singular kernels, linear classifiers, and interval bounds of operations that networks have."""
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.special
 
+from ntk_awt import linear, threats
 from ntk_awt.attacks import PGD
 from ntk_awt.config import ModelConfig
 from ntk_awt.dynamics import flow, infinite, preservation
@@ -202,3 +205,138 @@ def _() -> Outcome:
     share = np.exp(-8) / (3 + np.exp(-8))
     found = flow.loss_gradient("cross-entropy", logits, targets)
     return near(found[0, 3] / share, 1.0, absolute=1e-5)
+
+
+# ---------------------------------------------------------------- labels of two classes
+
+MODEL = linear.LinearClassifier([1.0, -1.0])
+POINTS = np.array([[0.0, 2.0], [3.0, 1.0], [2.0, 0.0]])
+
+
+LABELS: dict[str, tuple[Any, str]] = {
+    "0 and 1": ([0, 1, 1], "got 0, 1; make them of two classes with linear.signs"),
+    "bools": ([False, True, True], "dtype bool"),
+    "NaN": ([-1.0, np.nan, 1.0], "nan"),
+    "halves": ([-0.5, 0.5, 0.5], "got -0.5, 0.5"),
+    "a column, which broadcasts": ([[-1], [1], [1]], "shape (3, 1)"),
+    "too few": ([1, -1], "shape (2,)"),
+}
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "margins": lambda y: MODEL.margins(POINTS, y),
+    "certified radius": lambda y: linear.certified_radius(MODEL, POINTS, y),
+}
+
+
+def _refused_labels(call: Callable[[Any], Any], y: Any, text: str) -> Callable[[], Outcome]:
+    return lambda: refused(lambda: call(y), "labels: expected", text)
+
+
+for _name, _call in CALLS.items():
+    for _kind, (_y, _text) in LABELS.items():
+        situation(f"theory: {_name} of labels that are {_kind}")(_refused_labels(_call, _y, _text))
+
+situation("theory: worst perturbation of label 0")(
+    _refused_labels(lambda y: linear.worst_perturbation(MODEL, y, linear.Ball(1.0)), 0, "got 0")
+)
+
+TRAINED: dict[str, tuple[Any, str]] = {
+    "one class": ([1, 1, 1], "two classes, got 1: 1"),
+    "three classes": ([0, 1, 2], "two classes, got 3: 0, 1, 2"),
+    "NaN": ([0, 1, np.nan], "nan among them"),
+    "halves": ([0.5, 1.5, 0.5], "0.5 among them"),
+    "too few": ([0, 1], "shape (2,)"),
+}
+
+TRAININGS: dict[str, Callable[[Any], Any]] = {
+    "SVM": lambda y: linear.train_svm(POINTS, y).coef_,
+    "SVM of the signal": lambda y: linear.signal_svm(POINTS, y, [1.0, 0.0]).w,
+    "penalised SVM": lambda y: linear.penalised_svm(POINTS, y, [1.0, 0.0]).w,
+    "robust SVM": lambda y: linear.robust_svm(POINTS, y, linear.Ball(0.1)).w,
+}
+
+for _name, _call in TRAININGS.items():
+    for _kind, (_y, _text) in TRAINED.items():
+        if (_name, _kind) != ("robust SVM", "one class"):  # was refused
+            situation(f"theory: {_name} of labels of {_kind}")(_refused_labels(_call, _y, _text))
+
+
+@situation("theory: labels of any two classes as −1 and +1")
+def _() -> Outcome:
+    """y(wᵀx + b) of the second class is +(x₀ − x₁)."""
+    found = [MODEL.margins(POINTS, linear.signs(y)) for y in ([3, 7, 7], ["a", "b", "b"])]
+    return near(found, [[2.0, 2.0, 2.0]] * 2)
+
+
+# ---------------------------------------------------------------- threats of the formulas
+
+CLASSES = linear.symmetric([1.0, 0.5])
+EVERYWHERE = (-np.inf, np.inf)
+
+
+@situation("theory: rates under threats.L2: the strong threat with δ = ε")
+def _() -> Outcome:
+    pair = threats.L2(0.5, EVERYWHERE), linear.Strong(0.5, 0.5, [1.0, 0.0])
+    found, right = (linear.rates(MODEL, CLASSES, threat).robust for threat in pair)
+    return near(found, right, relative=1e-6)
+
+
+@situation("theory: rates under threats.Linf: the ball of p = ∞")
+def _() -> Outcome:
+    """Φ((ε‖w‖₁ − m)/σ) with m = wᵀμ = 0.5 and σ = √2."""
+    right = scipy.special.ndtr((2 * 0.25 - 0.5) / np.sqrt(2))
+    return near(linear.rates(MODEL, CLASSES, threats.Linf(0.25, EVERYWHERE)).robust, right)
+
+
+@situation("theory: rates under a threat with a pixel box")
+def _() -> Outcome:
+    return refused(
+        lambda: linear.rates(MODEL, CLASSES, threats.L2(0.5)), "pixel box", "linear.Ball"
+    )
+
+
+@situation("theory: rates under something that is no threat")
+def _() -> Outcome:
+    call: Any = linear.rates
+    return refused(lambda: call(MODEL, CLASSES, 0.5), "linear.Ball or linear.Strong, got float")
+
+
+@situation("theory: SVMs of the signal without a signal")
+def _() -> Outcome:
+    call: Any = linear.knowing_svms
+    return refused(lambda: call(POINTS, [0, 1, 1], linear.Ball(0.1)), "linear.Strong", "a ball")
+
+
+NUMBERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "no training point": (lambda: linear.mean_difference_cosine(0, 3, 1.0), "n: expected"),
+    "no dimension": (lambda: linear.ridge_cosine(3, 0, 1.0), "d: expected"),
+    "σ = 0": (lambda: linear.svm_cosine(10, 5, 1.0, 0.0, c=1.0), "sigma: expected"),
+    "negative ‖μ‖": (lambda: linear.mean_difference_cosine(3, 3, -1.0), "mean norm: expected"),
+    "negative ε": (lambda: linear.best_isotropic_error(1.0, -1.0), "epsilon: expected"),
+    "σ of NaN": (lambda: linear.best_isotropic_error(1.0, 1.0, sigma=np.nan), "sigma: expected"),
+    "no trial": (lambda: linear.binomial_interval(0.5, 0)[0], "trials: expected"),
+    "probability 2": (lambda: linear.binomial_interval(2.0, 5)[0], "probability: expected"),
+    "points of NaN": (lambda: MODEL.margins(POINTS * np.nan, [1, 1, 1]), "points: expected"),
+    "points of another d": (lambda: MODEL.margins(POINTS[:, :1], [1, 1, 1]), "points: expected"),
+    "discriminants of no point": (
+        lambda: linear.discriminant_basis(np.zeros((0, 2)), []), "points: expected",
+    ),
+    "discriminants of NaN": (
+        lambda: linear.discriminant_basis(POINTS, [0, 1, np.nan]), "nan among them",
+    ),
+    "no dimension of classes": (lambda: linear.Gaussians(np.zeros((2, 0))).means, "means:"),
+    "simulation in another dimension": (
+        lambda: linear.simulate(
+            MODEL, linear.symmetric([1.0]), linear.Ball(0.1), 5, np.random.default_rng(0)
+        ),
+        "classifier w: expected 1",
+    ),
+}  # fmt: skip
+
+
+def _refused_number(call: Callable[[], Any], text: str) -> Callable[[], Outcome]:
+    return lambda: refused(call, text)
+
+
+for _name, (_bad, _text) in NUMBERS.items():
+    situation(f"theory: linear classes, {_name}")(_refused_number(_bad, _text))
