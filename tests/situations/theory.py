@@ -14,10 +14,10 @@ import scipy.special
 from ntk_awt import linear, threats
 from ntk_awt.attacks import PGD
 from ntk_awt.config import ModelConfig
-from ntk_awt.dynamics import flow, infinite, preservation
+from ntk_awt.dynamics import flow, infinite, intervals, preservation
 from ntk_awt.kernels import analytic
 from ntk_awt.threats import Linf
-from tests.situations import Outcome, near, refused, situation, warned
+from tests.situations import Outcome, near, refused, same, situation, warned
 
 # Any: NumPy's arrays are taken as well.
 frozen: Any = flow.frozen
@@ -340,3 +340,109 @@ def _refused_number(call: Callable[[], Any], text: str) -> Callable[[], Outcome]
 
 for _name, (_bad, _text) in NUMBERS.items():
     situation(f"theory: linear classes, {_name}")(_refused_number(_bad, _text))
+
+
+# ---------------------------------------------------------------- interval bounds
+
+_E = np.e
+BOUNDED: dict[str, tuple[Callable[[Any], Any], float, float]] = {
+    "abs": (jnp.abs, 0.0, 2.0),
+    "leaky ReLU": (jax.nn.leaky_relu, -0.02, 1.0),
+    "ELU": (jax.nn.elu, _E**-2 - 1, 1.0),
+    "softplus": (jax.nn.softplus, np.log1p(_E**-2), np.log1p(_E)),
+    "SiLU": (jax.nn.silu, -0.278464542761, _E / (1 + _E)),
+    "GELU with tanh": (jax.nn.gelu, -0.170040639661, 0.841191990608),
+    "mish": (jax.nn.mish, -0.308840645687, 0.865098388267),
+    "hard SiLU": (jax.nn.hard_swish, -0.375, 2 / 3),
+    "hard tanh": (jax.nn.hard_tanh, -1.0, 1.0),
+    "square": (jnp.square, 0.0, 4.0),
+    "cube": (lambda x: x**3, -8.0, 1.0),
+    "square root": (lambda x: jnp.sqrt(x + 3), 1.0, 2.0),
+    "logarithm": (lambda x: jnp.log(x + 3), 0.0, np.log(4)),
+    "inverse": (lambda x: 1 / (x + 3), 0.25, 1.0),
+    "inverse root": (lambda x: jax.lax.rsqrt(x + 3), 0.5, 1.0),
+    "a case": (lambda x: jnp.where(x > 0, 3.0, -1.0), -1.0, 3.0),
+    "clamp": (lambda x: jax.lax.clamp(-1.0, x, 0.5), -1.0, 0.5),
+}
+"""Functions, and their least and largest values on [−2, 1]."""
+
+
+def _bounded(function: Callable[[Any], Any], x: Any, radius: Any) -> intervals.Bounds:
+    threat: Any = threats.Linf(np.float32(1.0), EVERYWHERE)
+    return intervals.output_bounds(
+        lambda w, z: function(w * z + x), np.asarray(radius, np.float32),
+        np.zeros_like(x, np.float32), threat,
+    )  # fmt: skip
+
+
+def _bounds_of(function: Callable[[Any], Any], *ends: float) -> Callable[[], Outcome]:
+    def outcome() -> Outcome:
+        found = _bounded(function, np.full((1, 1), -0.5, np.float32), [1.5])
+        return near(np.ravel(found), ends, absolute=1e-4)  # outward rounding of float32
+
+    return outcome
+
+
+for _name, (_function, _least, _largest) in BOUNDED.items():
+    situation(f"theory: bounds of {_name} on [−2, 1]")(_bounds_of(_function, _least, _largest))
+
+LOGITS = np.array([[0.0, 1.0, -1.0]], np.float32)
+RADII = np.array([0.5, 0.25, 1.0], np.float32)
+
+
+def _extreme_softmax(function: Callable[[Any], Any]) -> np.ndarray:
+    """Each entry at its least and largest: its own logit at one end, all others at the other."""
+    rows = []
+    for sign in (-1, 1):
+        signs = sign * (2 * np.eye(3) - 1)
+        rows.append(np.diag(function(LOGITS.astype(float) + signs * RADII)))
+    return np.stack(rows)
+
+
+@situation("theory: bounds of softmax")
+def _() -> Outcome:
+    found = _bounded(jax.nn.softmax, LOGITS, RADII)
+    right = _extreme_softmax(lambda f: scipy.special.softmax(f, axis=1))
+    return near(np.concatenate(found), right, absolute=1e-4)
+
+
+@situation("theory: bounds of log-softmax")
+def _() -> Outcome:
+    found = _bounded(jax.nn.log_softmax, LOGITS, RADII)
+    right = _extreme_softmax(lambda f: scipy.special.log_softmax(f, axis=1))
+    return near(np.concatenate(found), right, absolute=1e-4)
+
+
+@situation("theory: bounds of a normalised layer hold its values")
+def _() -> Outcome:
+    """No corner of the box is outside, and the bounds are finite."""
+
+    def layer(x: Any) -> Any:
+        return x / jnp.sqrt(jnp.mean(x**2, 1, keepdims=True) + 1)
+
+    lower, upper = map(np.asarray, _bounded(layer, LOGITS, RADII))
+    corners = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), -1).reshape(-1, 3)
+    values = np.asarray(layer(LOGITS + corners * RADII))
+    return same(bool(((values >= lower) & (values <= upper)).all()), True)
+
+
+@situation("theory: bounds of images in float16")
+def _() -> Outcome:
+    """The sum of 4000 pixels of 1 ± 0: in float16 sums stand still at 2048."""
+    found = intervals.output_bounds(
+        lambda w, x: x.sum(1, keepdims=True) * w, np.float32(1.0), np.ones((1, 4000), np.float16),
+        threats.Linf(0.0),
+    )  # fmt: skip
+    return near(np.ravel(found), [4000.0, 4000.0], relative=2e-3)
+
+
+@situation("theory: bounds of a division by what may be zero")
+def _() -> Outcome:
+    return refused(lambda: _bounded(lambda x: 1 / x, np.zeros((1, 1)), [1.0]).lower, "its domain")
+
+
+@situation("theory: bounds of a network that computes in float16")
+def _() -> Outcome:
+    x = np.zeros((1, 1), np.float32)
+    text = "from float32 to float16"
+    return refused(lambda: _bounded(lambda z: z.astype(jnp.float16), x, [1.0]).lower, text)
