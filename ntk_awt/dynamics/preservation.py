@@ -30,7 +30,7 @@ from ntk_awt.dynamics.flow import (
     unit_roundoff,
 )
 from ntk_awt.errors import InputError, check_finite, check_number, choose
-from ntk_awt.kernels import empirical, flatten, kernel_distance, target_distance
+from ntk_awt.kernels import empirical, flatten, target_distance
 from ntk_awt.masks import Ticket, effective, masked
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
@@ -416,8 +416,8 @@ def prior_bound(
 
     ‖D_t‖/√N ≤ β + min(t, N/λ_min(Θ^d))·α·r_0,    r_0 = ‖f^d_0 − y‖/√N
 
-    with β = ‖D_0‖/√N, α = ‖Θ^d − Θ^s‖_F/N, and λ_min = 0 where it counts as 0 (see `flow.frozen`).
-    It follows from D' = −(1/N)(ΔΘ r^d + Θ^s D), in which
+    with β = ‖D_0‖/√N, α = ‖Θ^d − Θ^s‖_F/N (‖k^d − k^s‖_F/N for Θ = k ⊗ I), and λ_min = 0 where it
+    counts as 0 (see `flow.frozen`). It follows from D' = −(1/N)(ΔΘ r^d + Θ^s D), in which
     Θ^s ⪰ 0 cannot enlarge D, and ‖r^d_t‖ ≤ e^{−tλ_min/N}‖r_0‖. Gradient descent: t = kη and
     D_{k+1} = (I − ηΘ^s/N)D_k − (η/N)ΔΘ r^d_k, where nothing grows if η ≤ 2N/λ_max(Θ^s), and
     η Σ‖r^d_k‖ ≤ min(t, N/λ_min)‖r_0‖ if |1 − ηλ_max/N| ≤ 1 − ηλ_min/N, that is
@@ -453,7 +453,8 @@ def prior_bound(
     reach = np.minimum(
         moments * (1 if step is None else step), n / smallest if smallest else np.inf
     )
-    alpha, beta = kernel_distance(*problem.kernels), target_distance(*problem.outputs)
+    alpha = jnp.linalg.norm(flatten(problem.kernels[0] - problem.kernels[1])) / n
+    beta = target_distance(*problem.outputs)
     residual = target_distance(problem.outputs[0], problem.targets)
     return (float(beta) + reach * float(alpha * residual)).astype(problem.targets.dtype)
 
