@@ -449,11 +449,11 @@ def test_bad_pairs(pair: tuple[Trajectory, Trajectory]):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"kernel": -np.eye(N)}, "dense kernel: expected a positive semidefinite one"),
-        ({"kernel": np.eye(N) + np.eye(N, k=1)}, "dense kernel: expected a symmetric one"),
-        ({"kernel": np.eye(N) * np.nan}, "dense kernel: expected a symmetric one"),
-        ({"kernel": np.eye(2)}, "sparse kernel: expected shape"),
-        ({"outputs": np.ones((N, 2))}, r"outputs and targets: expected shape \(4, 2\)"),
+        ({"kernel": -np.eye(N)}, "dense kernel: expected a positive semidefinite kernel"),
+        ({"kernel": np.eye(N) + np.eye(N, k=1)}, "dense kernel: expected a symmetric kernel"),
+        ({"kernel": np.eye(N) * np.nan}, "dense kernel: expected finite values"),
+        ({"kernel": np.eye(2)}, "dense kernel: expected shape"),
+        ({"outputs": np.ones((N, 2))}, r"sparse outputs: expected shape \(4, 2\)"),
     ],
 )
 def test_bad_frozen_networks(change: Any, match: str):

@@ -3,9 +3,10 @@
 Kernels are those of `kernels.empirical`: [m, n, c, c] with Θ[i, j, a, b] = ⟨∂f_a(x_i)/∂θ,
 ∂f_b(x̃_j)/∂θ⟩, or [m, n] for Θ ⊗ I (analytic kernels; one kernel for all outputs). Of a masked
 network it must be the kernel of the masked Jacobian: pruned weights do not move (theory §0).
-Every function keeps the dtype of its inputs.
+Every function computes and answers in the dtype of its inputs, in float32 if that is narrower.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,6 +42,35 @@ class Trajectories(NamedTuple):
     z: Float[Array, "t m c"] | None
 
 
+def floats(**arrays: Any) -> tuple[jax.Array, ...]:
+    """The arrays in one floating dtype: the widest of theirs, float32 at least.
+
+    Args:
+        arrays: real numbers, by the names that an error calls them; traced ones too.
+
+    Raises:
+        InputError: something that is no array of real numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> half, whole = floats(f=jnp.ones(2, jnp.float16), y=[0, 1])
+        >>> print(half.dtype, whole.dtype)
+        float32 float32
+    """
+    found = []
+    for name, value in arrays.items():
+        try:
+            array = jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            got = f"{type(value).__name__}"
+            raise InputError(name, expected="an array of numbers", got=got) from error
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise InputError(name, expected="real numbers", got=f"dtype {array.dtype}")
+        found.append(array)
+    widest = jnp.float64 if any(array.dtype == jnp.float64 for array in found) else jnp.float32
+    return tuple(array.astype(widest) for array in found)
+
+
 def loss_gradient(loss: str, logits: Logits, targets: Logits) -> Logits:
     """g = ∇_f ℓ(f, y) for each image.
 
@@ -56,7 +86,7 @@ def loss_gradient(loss: str, logits: Logits, targets: Logits) -> Logits:
         g [n, c].
 
     Raises:
-        InputError: unknown loss, targets of another shape.
+        InputError: unknown loss, targets of another shape, complex numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,6 +95,7 @@ def loss_gradient(loss: str, logits: Logits, targets: Logits) -> Logits:
         ([[-0.5, 0.5]], [[-1.0, 0.0]])
     """
     choose("loss", loss, LOSS_GRADIENTS)
+    logits, targets = floats(logits=logits, targets=targets)
     _check_shape("targets", targets, logits.shape)
     return LOSS_GRADIENTS[loss](logits, targets)
 
@@ -86,7 +117,7 @@ def output_change(
         [m, c], logits per unit of time.
 
     Raises:
-        InputError: a kernel that does not fit the gradients.
+        InputError: a kernel that does not fit the gradients, complex numbers.
 
     Source: theory D1.
 
@@ -95,8 +126,10 @@ def output_change(
         >>> output_change(jnp.array([[2.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 4.0]])).tolist()
         [[-1.0, -2.0]]
     """
-    if gradients.ndim != 2:
-        raise InputError("gradients", expected="axes [n, c]", got=f"shape {gradients.shape}")
+    kernel, gradients = floats(kernel=kernel, gradients=gradients)
+    if gradients.ndim != 2 or not gradients.size:
+        expected = "axes [n, c], not empty"
+        raise InputError("gradients", expected=expected, got=f"shape {gradients.shape}")
     _check_kernel("kernel", kernel, (*kernel.shape[:1], *gradients.shape))
     sides = "ijab,jb->ia" if kernel.ndim == 4 else "ij,ja->ia"
     with jax.default_matmul_precision("highest"):
@@ -125,14 +158,21 @@ def frozen(
 
     and for k gradient steps of size η the same with (I − ηΘ/N)^k in place of the exponential. It is
     exact for a network linearised at its initialisation, and the limit of a wide one. All times
-    together cost one eigendecomposition. Θ may be singular: what multiplies r_0 is computed as
-    (1 − e^{−tλ/N})/λ, which tends to t/N for λ → 0, eigenvalue by eigenvalue.
+    together cost one eigendecomposition.
+
+    **Singular kernels.** Θ⁻¹(I − e^{−tΘ/N}) is taken on the range of Θ alone: a null vector v of
+    Θ(X̃, X̃) is one of Θ(z, X̃) too, since |Θ(z, X̃)v|² ≤ Θ(z, z)·vᵀΘ(X̃, X̃)v, and f_t(X̃) stays along
+    it. An eigenvalue counts as 0 up to 2e, where e = max(N·u·λ_max, −λ_min) estimates how far any
+    of them may be off (Weyl): N values rounded to the kernel's unit roundoff u, or what the most
+    negative one, which can only be an error, shows. Above 2e half of the eigenvalue is certain. So
+    along a direction whose true eigenvalue is below 2e the prediction stands still: where that
+    matters, compute the kernel in float64.
 
     Args:
         kernel_xx: Θ(X̃, X̃), [n, n, c, c] or [n, n] for Θ ⊗ I; symmetric, positive semidefinite.
         f_x: f_0(X̃).
         y: targets.
-        times: t ≥ 0, finite; with `step` the numbers of steps k, whole numbers.
+        times: t ≥ 0, ∞ for the limit; with `step` the numbers of steps k, whole numbers or ∞.
         kernel_zx: Θ(Z, X̃), [m, n, c, c] or [m, n], to follow other points Z (e.g. the clean ones).
         f_z: f_0(Z), [m, c]; with `kernel_zx`.
         n: N that the risk is divided by, if it is not the number of points; 1 for a sum of
@@ -143,10 +183,10 @@ def frozen(
         f_t(X̃) and f_t(Z).
 
     Raises:
-        InputError: arrays that do not fit each other or are not finite, a kernel that is not
-            symmetric or has negative eigenvalues (both beyond rounding), negative times, numbers of
-            steps that are not whole, a step that would diverge. Under jit: these checks need
-            values.
+        InputError: arrays that do not fit each other, are complex or not finite, a kernel that is
+            not symmetric or has negative eigenvalues (both beyond 20·N·u·λ_max; from 2·N·u·λ_max
+            on negative ones are a warning), negative times, numbers of steps that are not whole, a
+            step that would diverge. Under jit: these checks need values.
 
     Source: theory D3; Lee et al., "Wide neural networks of any depth evolve as linear models"
     (2019).
@@ -158,28 +198,33 @@ def frozen(
         >>> print(outputs.x.ravel().round(3), outputs.z.ravel().round(3))
         [0.    0.632] [0.    0.316]
     """
-    kernel_xx, f_x, y = jnp.asarray(kernel_xx), jnp.asarray(f_x), jnp.asarray(y)
+    given = {"kernel_xx": kernel_xx, "f_x": f_x, "y": y}
+    if (kernel_zx is None) != (f_z is None):
+        raise InputError("other points", expected="kernel_zx and f_z", got="one of them")
+    if kernel_zx is not None:
+        given |= {"kernel_zx": kernel_zx, "f_z": f_z}
+    kernel_xx, f_x, y, *others = floats(**given)
+    unit = unit_roundoff(given["kernel_xx"])
     if f_x.ndim != 2 or not f_x.size:
         raise InputError("f_x", expected="axes [n, c], not empty", got=f"shape {f_x.shape}")
     _check_shape("y", y, f_x.shape)
     _check_kernel("kernel_xx", kernel_xx, (len(f_x), *f_x.shape))
-    if (kernel_zx is None) != (f_z is None):
-        raise InputError("other points", expected="kernel_zx and f_z", got="one of them")
-    others = None
-    if kernel_zx is not None and f_z is not None:
-        kernel_zx, f_z = jnp.asarray(kernel_zx), jnp.asarray(f_z)
-        _check_shape("f_z", f_z, (*f_z.shape[:1], f_x.shape[1]))
-        _check_kernel("kernel_zx", kernel_zx, (len(f_z), *f_x.shape), like=kernel_xx)
-        others = (kernel_zx, f_z)
+    if others:
+        _check_shape("f_z", others[1], (*others[1].shape[:1], f_x.shape[1]))
+        _check_kernel("kernel_zx", others[0], (len(others[1]), *f_x.shape), like=kernel_xx)
     check_finite("frozen", {"kernel_xx": kernel_xx, "f_x": f_x, "y": y, "others": others})
     n = len(f_x) if n is None else n
     check_count("n", n, low=1)
-    moments = _check_times(times, step)
-    values, vectors, asymmetry = _decompose(kernel_xx)
-    _check_spectrum(np.asarray(values), float(asymmetry), n, step)
-    if step is None:
-        return _evolve(values, vectors, f_x, y, others, jnp.asarray(moments / n), None)
-    return _evolve(values, vectors, f_x, y, others, jnp.asarray(moments), step / n)
+    moments = check_times(times, step, endless=True)
+    spectrum = decompose(kernel_xx, unit)
+    largest = check_spectrum("kernel_xx", spectrum, unit, "belongs in kernel_zx")
+    rate = None
+    if step is not None:
+        _check_step(
+            step, largest, n, unit * len(spectrum.values), endless=bool(np.isinf(moments).any())
+        )
+        rate, moments = step / n, moments * n
+    return evolve(spectrum, f_x, y, tuple(others), jnp.asarray(moments / n, f_x.dtype), rate)
 
 
 def _check_shape(what: str, array: Any, shape: tuple[int, ...]) -> None:
@@ -197,13 +242,13 @@ def _check_kernel(what: str, kernel: Any, sizes: tuple[int, ...], *, like: Any =
         raise InputError(what, expected=expected, got=f"shape {kernel.shape}")
 
 
-def _check_times(times: Any, step: float | None) -> np.ndarray:
-    """The times as a float64 array, checked."""
+def check_times(times: Any, step: float | None, *, endless: bool = False) -> np.ndarray:
+    """The times as a float64 array, checked; with `endless`, ∞ is one."""
     moments = np.asarray(times, np.float64)
     if moments.ndim != 1:
         raise InputError("times", expected="a list of numbers", got=f"shape {moments.shape}")
-    good = np.isfinite(moments) & (moments >= 0)
-    expected = "finite numbers ≥ 0"
+    good = (np.isfinite(moments) | (endless & np.isinf(moments))) & (moments >= 0)
+    expected = f"{'' if endless else 'finite '}numbers ≥ 0"
     if step is not None:
         check_number("step", step, low=0, low_open=True)
         good &= moments == np.round(moments)
@@ -213,72 +258,134 @@ def _check_times(times: Any, step: float | None) -> np.ndarray:
     return moments
 
 
-def _check_spectrum(values: np.ndarray, asymmetry: float, n: int, step: float | None) -> None:
-    """Raise unless the kernel is symmetric and PSD up to rounding, and the step does not diverge.
+# ---------------------------------------------------------------- spectra
 
-    Allowed are 10·m units of rounding of the largest eigenvalue, m the size of the matrix: a
-    decomposition errs by about m of them, and computing the kernel by a few.
+
+class Spectrum(NamedTuple):
+    """The eigendecomposition of a symmetric kernel of m rows, as a matrix.
+
+    Attributes:
+        values: eigenvalues [m], growing; those that count as 0 are 0.
+        vectors: eigenvectors as columns [m, m].
+        lowest, largest: the least eigenvalue as computed, and the largest |eigenvalue|.
+        asymmetry: the largest difference between mirrored entries.
     """
-    largest = float(np.abs(values).max())
-    allowed = 10 * len(values) * float(np.finfo(values.dtype).eps) * largest
-    if asymmetry > allowed:
-        raise InputError(
-            "kernel_xx",
-            expected="a symmetric kernel of the points X̃ with themselves",
-            got=f"entries that differ by {asymmetry:.2g}",
-            fix="a mixed kernel Θ(X, X̃) belongs in kernel_zx",
-        )
-    if values.min() < -allowed:
-        raise InputError(
-            "kernel_xx",
-            expected="a positive semidefinite kernel",
-            got=f"eigenvalues from {values.min():.2g} to {values.max():.2g}",
-            fix="compute it in float64 if this is rounding",
-        )
-    if step is not None and step * (largest - allowed) > 2 * n:
-        raise InputError(
-            "step", expected=f"at most 2N/λ_max = {2 * n / largest:.4g}", got=f"{step:g}"
-        )
+
+    values: Array
+    vectors: Array
+    lowest: Array
+    largest: Array
+    asymmetry: Array
+
+
+def unit_roundoff(kernel: Any) -> float:
+    """u of the dtype of a kernel: its entries are off by u of their size, or more."""
+    dtype = jnp.asarray(kernel).dtype
+    return float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32).eps) / 2
 
 
 @jax.jit
-def _decompose(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Eigenvalues, eigenvectors, and the largest difference between mirrored entries."""
+def decompose(kernel: jax.Array, unit: float) -> Spectrum:
+    """Eigenvalues, 0 up to 2·max(m·u·λ_max, −λ_min) (see `frozen`), and eigenvectors.
+
+    Args:
+        kernel: [n, n, c, c] or [n, n], float32 or float64.
+        unit: u, see `unit_roundoff`.
+    """
     matrix = flatten(kernel)
     values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
-    return values, vectors, jnp.max(jnp.abs(matrix - matrix.T))
+    largest = jnp.max(jnp.abs(values))
+    error = jnp.maximum(len(values) * unit * largest, -values[0])
+    kept = jnp.where(values > 2 * error, values, 0)
+    return Spectrum(kept, vectors, values[0], largest, jnp.max(jnp.abs(matrix - matrix.T)))
+
+
+def check_spectrum(what: str, found: Spectrum, unit: float, mixed: str) -> float:
+    """λ_max; raise unless the kernel is symmetric and PSD up to rounding.
+
+    Allowed are 20·m·u·λ_max for a matrix of size m: a decomposition errs by about m·u of it, and
+    computing the kernel by a few. From a tenth of that on negative eigenvalues are a warning.
+
+    Args:
+        what: the kernel, as the user knows it.
+        found, unit: see `decompose`.
+        mixed: what to do with a mixed kernel.
+    """
+    lowest, largest, asymmetry = (
+        float(value) for value in (found.lowest, found.largest, found.asymmetry)
+    )
+    rounding = 2 * len(found.values) * unit * largest
+    if asymmetry > 10 * rounding:
+        raise InputError(
+            what,
+            expected="a symmetric kernel of the points X̃ with themselves",
+            got=f"entries that differ by {asymmetry:.2g}",
+            fix=f"a mixed kernel Θ(X, X̃) {mixed}",
+        )
+    spread = f"a least eigenvalue of {lowest:.2g}, the largest in size {largest:.2g}"
+    if lowest < -10 * rounding:
+        raise InputError(
+            what,
+            expected="a positive semidefinite kernel",
+            got=spread,
+            fix="compute it in float64 if this is rounding",
+        )
+    if lowest < -rounding:
+        warnings.warn(
+            f"{what}: {spread}; those up to {-2 * lowest:.2g} count as 0; "
+            "compute it in float64 for more",
+            stacklevel=3,
+        )
+    return largest
+
+
+def _check_step(step: float, largest: float, n: int, rounding: float, *, endless: bool) -> None:
+    """Raise if the steps diverge, or for endless ones if they have no limit."""
+    over = step * largest * (1 - 20 * rounding) > 2 * n
+    if over or (endless and step * largest >= 2 * n):
+        raise InputError(
+            "step",
+            expected=f"{'less than' if endless else 'at most'} 2N/λ_max = {2 * n / largest:.4g}",
+            got=f"{step:g}",
+        )
 
 
 @jax.jit
-def _evolve(
-    values: jax.Array,
-    vectors: jax.Array,
+def evolve(
+    spectrum: Spectrum,
     f_x: jax.Array,
     y: jax.Array,
-    others: tuple[jax.Array, jax.Array] | None,
+    others: tuple[jax.Array, ...],
     moments: jax.Array,
     rate: float | None,
 ) -> Trajectories:
-    """The outputs at t/N = `moments`, or after `moments` steps with η/N = `rate`."""
-    values = jnp.maximum(values, 0)[:, None]
-    moments = moments.astype(values.dtype)[:, None, None]
+    """The outputs at t/N = `moments`, or after `moments` steps with η/N = `rate`; see `frozen`.
+
+    Args:
+        spectrum: of Θ(X̃, X̃).
+        f_x, y: f_0(X̃) and targets, [n, c].
+        others: Θ(Z, X̃) and f_0(Z), or empty.
+        moments: [t].
+        rate: for steps.
+    """
+    positive = spectrum.values[None, :, None] > 0
+    values = jnp.where(positive, spectrum.values[None, :, None], 1)
+    moments = moments[:, None, None]
     if rate is None:
-        left, slope = jnp.exp(-values * moments), moments
-        gone = -jnp.expm1(-values * moments)
+        left, gone = jnp.exp(-values * moments), -jnp.expm1(-values * moments)
     else:
         reach = rate * values
-        left, slope = jnp.power(1 - reach, moments), rate * moments
+        left = jnp.power(1 - reach, moments)
         # Near 0 the power has lost the digits of what is gone.
         small = jnp.minimum(reach, 0.5)
         gone = jnp.where(reach < 0.5, -jnp.expm1(moments * jnp.log1p(-small)), 1 - left)
-    positive = values > 0
-    weights = jnp.where(positive, gone / jnp.where(positive, values, 1), slope)
+    left, weights = jnp.where(positive, left, 1), jnp.where(positive, gone / values, 0)
     with jax.default_matmul_precision("highest"):
-        residual = (f_x - y).reshape(len(vectors), -1)
-        coordinates = vectors.T @ residual
-        x = y + (vectors @ (left * coordinates)).reshape(-1, *y.shape)
-        if others is None:
+        residual = (f_x - y).reshape(len(spectrum.vectors), -1)
+        coordinates = (spectrum.vectors.T @ residual)[None]
+        x = y[None] + (spectrum.vectors @ (left * coordinates)).reshape(-1, *y.shape)
+        if not others:
             return Trajectories(x, None)
         kernel, f_z = others
-        moved = flatten(kernel) @ (vectors @ (weights * coordinates))
-        return Trajectories(x, f_z - moved.reshape(-1, *f_z.shape))
+        moved = flatten(kernel) @ (spectrum.vectors @ (weights * coordinates))
+        return Trajectories(x, f_z[None] - moved.reshape(-1, *f_z.shape))

@@ -64,14 +64,14 @@ def _value(
     return initial(z) + kernel @ coefficients.reshape(len(anchors), -1)
 
 
-def _step(kernel: Array, outputs: Array, targets: Array, time: Any) -> Array:
+def _step(kernel: Array, outputs: Array, targets: Array, time: Any) -> tuple[Array, flow.Spectrum]:
     """Θ^{-1}(I − e^{−tΘ/N})(y − f): what D3 multiplies Θ(z, X̃) by, and gives for Θ(z, X̃) = I."""
-    values, vectors, _ = flow._decompose(kernel)
+    spectrum = flow.decompose(kernel, flow.unit_roundoff(kernel))
     unit = jnp.eye(len(kernel), dtype=kernel.dtype), jnp.zeros_like(outputs)
-    moments = jnp.reshape(time / len(kernel), 1)
-    steps = flow._evolve(values, vectors, outputs, targets, unit, moments, None).z
+    moments = jnp.reshape(time / len(kernel), 1).astype(kernel.dtype)
+    steps = flow.evolve(spectrum, outputs, targets, unit, moments, None).z
     assert steps is not None
-    return steps[0]
+    return steps[0], spectrum
 
 
 @partial(jax.jit, static_argnames=("kernel_fn", "attack", "initial", "phases"))
@@ -85,10 +85,11 @@ def _train(
     attack: PGD,
     initial: Function,
     phases: int,
-) -> InfiniteTraining:
+) -> tuple[InfiniteTraining, flow.Spectrum]:
+    """The training, and the spectrum of each phase without its vectors."""
     n = len(x)
 
-    def phase(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], Array]:
+    def phase(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], Any]:
         points, coefficients = carry
 
         def predictor(z: Images) -> Logits:
@@ -100,14 +101,15 @@ def _train(
         keys = example_keys(jax.random.fold_in(key, k), jnp.arange(n))
         attacked, _ = attack.run(loss, x, threat, keys)
         outputs = predictor(attacked)
-        step = _step(kernel_fn(attacked, None).ntk, outputs, y, phase_time)
-        return (points.at[k].set(attacked), coefficients.at[k].set(step)), outputs
+        step, spectrum = _step(kernel_fn(attacked, None).ntk, outputs, y, phase_time)
+        seen = spectrum._replace(vectors=spectrum.vectors[:0])
+        return (points.at[k].set(attacked), coefficients.at[k].set(step)), (outputs, seen)
 
     # Phases to come have coefficients 0, and stand at x, where every kernel is defined.
     start = (jnp.broadcast_to(x, (phases, *x.shape)), jnp.zeros((phases, *y.shape), y.dtype))
     with jax.default_matmul_precision("highest"):
-        (points, coefficients), outputs = jax.lax.scan(phase, start, jnp.arange(phases))
-    return InfiniteTraining(points, coefficients, outputs)
+        carry, (outputs, spectra) = jax.lax.scan(phase, start, jnp.arange(phases))
+    return InfiniteTraining(*carry, outputs), spectra
 
 
 def adversarial_training(
@@ -134,7 +136,7 @@ def adversarial_training(
         kernel_fn: the kernel Θ, e.g. `kernels.analytic.network(…).kernel_fn`, dense or masked; its
             gradient must be finite where two points coincide, as that of every network there is.
         x: training images [n, *shape], float32 or (under `jax.enable_x64`) float64, inside
-            `threat.bounds` (pixel units). All results have their dtype.
+            `threat.bounds` (pixel units). All results have their dtype, or float32 if wider.
         y: targets [n, c].
         threat: the allowed set of each image.
         attack: e.g. `PGD(random_start=False)`; there are no classes, so attacks that look for
@@ -151,7 +153,9 @@ def adversarial_training(
 
     Raises:
         InputError: images that are not floating, not finite or out of bounds, targets of another
-            length, a negative radius, no phase, a time ≤ 0, a result that is not finite.
+            length or complex ones, a negative radius, no phase, a time ≤ 0, a result that is not
+            finite, a kernel of the attacked points that is not symmetric or not PSD (as in
+            `flow.frozen`, with the same treatment of singular kernels).
 
     Source: theory D3, D4; flow: Jacot et al., "Neural tangent kernel" (2018), Lee et al., "Wide
         neural networks of any depth evolve as linear models" (2019).
@@ -180,12 +184,15 @@ def adversarial_training(
             got=f"shape {np.shape(y)}",
         )
     check_finite("targets", y)
-    images = jnp.asarray(x)
-    targets = jnp.asarray(y, images.dtype)
-    training = _train(
+    images, targets = flow.floats(images=x, targets=y)
+    training, spectra = _train(
         images, targets, threat, key, phase_time, kernel_fn, attack, initial, int(phases)
     )
     check_finite("infinitely wide training:", training._asdict())
+    unit = flow.unit_roundoff(images)
+    for k in range(phases):
+        spectrum = jax.tree.map(lambda leaf, k=k: leaf[k], spectra)
+        flow.check_spectrum(f"kernel of phase {k}", spectrum, unit, "is none of the points alone")
     return training
 
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ntk_awt.dynamics.flow import floats
 from ntk_awt.errors import (
     InputError,
-    check_finite,
     check_images,
     check_labels,
     check_number,
@@ -56,6 +56,8 @@ class Bounds(NamedTuple):
 
 class _Box(NamedTuple):
     """A value of one network: lower ≤ v ≤ upper; one and the same array where v is known.
+
+    Truth values are bounded as False < True.
 
     Attributes:
         ball: (c, ρ) where also ‖v − c‖₂ ≤ ρ is known.
@@ -183,8 +185,9 @@ def _terms(eqn: Any) -> int:
 def _linear(pairs: Sequence[_Pair], rule: Callable[[list[_Box]], _Box]) -> _Pair:
     """A rule that holds for the gap as for a value."""
     first, second = _each(pairs, rule)
-    gap = None if first is second else rule([pair.difference() for pair in pairs])
-    return _Pair(first, second, gap)
+    if first is second or first.lower.dtype == jnp.bool_:
+        return _Pair(first, second)
+    return _Pair(first, second, rule([pair.difference() for pair in pairs]))
 
 
 def _moved(eqn: Any, pairs: Sequence[_Pair], output: int = 0) -> _Pair:
@@ -203,8 +206,9 @@ def _moved(eqn: Any, pairs: Sequence[_Pair], output: int = 0) -> _Pair:
 def _converted(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
     """Another float type; the network in real arithmetic knows none."""
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
-    if not jnp.issubdtype(new, jnp.floating):
-        raise _unsupported(f"convert_element_type to {new}")
+    wide = jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating)
+    if not wide or jnp.finfo(new).bits < 32:
+        raise _unsupported(f"convert_element_type from {old} to {new}")
     if jnp.finfo(new).eps <= jnp.finfo(old).eps:
         return _moved(eqn, pairs)
     return _linear(pairs, lambda boxes: _outward(box := _ends(eqn, boxes), 1, box.size))
@@ -280,24 +284,44 @@ def _multiplied(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
     return _bilinear(lambda a, b: _apply(eqn, [a, b]), _terms(eqn), *pairs)
 
 
+def _inverse(pair: _Pair) -> _Pair:
+    """1/v; NaN where v may be 0. The gap is −D/(v·v')."""
+
+    def rule(boxes: list[_Box]) -> _Box:
+        (box,) = boxes
+        zero = (box.lower <= 0) & (box.upper >= 0)
+        found = _Box(
+            jnp.where(zero, jnp.nan, 1 / box.upper), jnp.where(zero, jnp.nan, 1 / box.lower)
+        )
+        return _outward(found, 1, found.size)
+
+    def gap() -> _Box:
+        both = _product(jnp.multiply, 1, first, second)
+        return _product(jnp.multiply, 1, _negative(pair.difference()), both)
+
+    first, second = _each([pair], rule)
+    return _with_gap(first, second, gap)
+
+
 def _divided(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
-    numerator, denominator = pairs
-    if not denominator.known:
-        raise _unsupported("div by a value that depends on the image")
-
-    def inverse(boxes: list[_Box]) -> _Box:
-        value = 1 / boxes[0].lower
-        return _outward(_Box(value, value), 1, jnp.abs(value))
-
-    first, second = _each([denominator], inverse)
-    inverses = _Pair(first, second, None if denominator.shared else _minus(first, second))
-    return _bilinear(jnp.multiply, 1, numerator, inverses)
+    return _bilinear(jnp.multiply, 1, pairs[0], _inverse(pairs[1]))
 
 
 def _largest(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    return _extreme(eqn.primitive.name, *pairs)
+
+
+def _clamped(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    low, x, high = pairs
+    return _extreme("min", _extreme("max", x, low), high)
+
+
+def _extreme(name: str, x: _Pair, y: _Pair) -> _Pair:
     """The larger (or smaller) of two values: D is between their D's, or is that of the winner."""
-    x, y = pairs
-    first, second = _each(pairs, partial(_ends, eqn))
+    best = {"max": jnp.maximum, "min": jnp.minimum}[name]
+    first, second = _each(
+        [x, y], lambda b: _Box(best(b[0].lower, b[1].lower), best(b[0].upper, b[1].upper))
+    )
 
     def above(one: _Pair, other: _Pair) -> Array:
         surely = one.first.lower >= other.first.upper
@@ -306,7 +330,7 @@ def _largest(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
     def gap() -> _Box:
         dx, dy = x.difference(), y.difference()
         x_wins, y_wins = above(x, y), above(y, x)
-        if eqn.primitive.name == "min":
+        if name == "min":
             x_wins, y_wins = y_wins, x_wins
         lower, upper = jnp.minimum(dx.lower, dy.lower), jnp.maximum(dx.upper, dy.upper)
         return _Box(
@@ -314,6 +338,75 @@ def _largest(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
             jnp.where(x_wins, dx.upper, jnp.where(y_wins, dy.upper, upper)),
         )
 
+    return _with_gap(first, second, gap)
+
+
+# ---------------------------------------------------------------- cases
+
+
+def _compared(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    """x < y and the like, surely or possibly, by the ends; x ≠ x is how a NaN is asked for."""
+    name = eqn.primitive.name
+    if eqn.invars[0] is eqn.invars[1]:
+        answer = jnp.full(eqn.outvars[0].aval.shape, name in ("eq", "le", "ge"))
+        return _known(answer, answer)
+
+    def rule(boxes: list[_Box]) -> _Box:
+        x, y = boxes
+        if name in ("eq", "ne"):
+            apart = (x.lower > y.upper) | (x.upper < y.lower)
+            never = jnp.zeros_like(apart)
+            return _Box(never, ~apart) if name == "eq" else _Box(apart, ~never)
+        small, large = (x, y) if name in ("lt", "le") else (y, x)
+        less = jnp.less if name in ("lt", "gt") else jnp.less_equal
+        return _Box(less(small.upper, large.lower), less(small.lower, large.upper))
+
+    return _Pair(*_each(pairs, rule))
+
+
+def _logical(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    """and, or, not of truth values."""
+    name = eqn.primitive.name
+    if eqn.outvars[0].aval.dtype != jnp.bool_:
+        raise _unsupported(f"{name} of integers")
+    if name == "not":
+        return _Pair(*_each(pairs, lambda boxes: _Box(~boxes[0].upper, ~boxes[0].lower)))
+    return _Pair(*_each(pairs, partial(_ends, eqn)))
+
+
+def _finite(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    """A value in real arithmetic is finite."""
+    answer = jnp.ones(eqn.outvars[0].aval.shape, bool)
+    return _known(answer, answer)
+
+
+def _selected(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    """One of two cases: the one that it surely is, or both together."""
+    which, *cases = pairs
+    if len(cases) != 2 or eqn.invars[0].aval.dtype != jnp.bool_:
+        raise _unsupported("select_n by an integer")
+
+    def either(surely: Any, possibly: Any, boxes: Sequence[_Box]) -> _Box:
+        no, yes = boxes
+        return _Box(
+            jnp.where(surely, yes.lower,
+                      jnp.where(possibly, jnp.minimum(no.lower, yes.lower), no.lower)),
+            jnp.where(surely, yes.upper,
+                      jnp.where(possibly, jnp.maximum(no.upper, yes.upper), no.upper)),
+        )  # fmt: skip
+
+    def gap() -> _Box:
+        one, other = which.first, which.second
+        surely, possibly = one.lower & other.lower, one.upper | other.upper
+        found = either(surely, possibly, [case.difference() for case in cases])
+        if which.shared:  # the same case in both networks
+            return found
+        mixed = possibly & ~surely
+        return _Box(jnp.where(mixed, -jnp.inf, found.lower), jnp.where(mixed, jnp.inf, found.upper))
+
+    first, second = _each(pairs, lambda b: either(b[0].lower, b[0].upper, b[1:]))
+    if first.lower.dtype == jnp.bool_:
+        return _Pair(first, second)
     return _with_gap(first, second, gap)
 
 
@@ -334,15 +427,22 @@ class _Unary(NamedTuple):
     """A function of one number.
 
     Attributes:
-        value, slope: φ and φ'.
+        value, slope: φ and φ', anything between both slopes where φ has a kink; no slope if φ
+            jumps.
         turns: where φ' changes its sign.
-        bends: where φ'' does.
+        bends: where φ'' does, and kinks.
+        image: an interval that holds all values.
+        errors, least: a computed φ or φ' is off by at most `errors` machine epsilons of
+            `least` + |φ|; measured, for the defaults: 5 at most.
     """
 
     value: Callable[[Any], Any]
-    slope: Callable[[Any], Any]
+    slope: Callable[[Any], Any] | None
     turns: tuple[float, ...] = ()
     bends: tuple[float, ...] = ()
+    image: tuple[float, float] = (-math.inf, math.inf)
+    errors: float = 16
+    least: float = 1
 
 
 _ROOT2 = math.sqrt(2.0)
@@ -356,14 +456,49 @@ def _normal_cdf(x: Any) -> Any:
     return jax.scipy.special.erfc(-x / _ROOT2) / 2
 
 
+_sigmoid = jax.nn.sigmoid
+
+
+def _power(exponent: int) -> _Unary:
+    """x^y for a whole number y ≥ 1."""
+    even = exponent % 2 == 0
+    return _Unary(
+        lambda x: x**exponent,
+        lambda x: exponent * x ** (exponent - 1),
+        turns=(0.0,) if even else (),
+        bends=() if even else (0.0,),
+        image=(0.0 if even else -math.inf, math.inf),
+        errors=2 * exponent,
+        least=0,
+    )
+
+
+def _root(exponent: float) -> _Unary:
+    """x^c for x ≥ 0 and any c; NaN below 0."""
+    return _Unary(
+        lambda x: x**exponent,
+        lambda x: exponent * x ** (exponent - 1),
+        image=(0.0, math.inf),
+        errors=64,
+        least=0,
+    )
+
+
 _UNARY = {
-    "tanh": _Unary(jnp.tanh, lambda x: 1 - jnp.tanh(x) ** 2, bends=(0.0,)),
-    "erf": _Unary(jax.scipy.special.erf, _bell, bends=(0.0,)),
-    "erfc": _Unary(jax.scipy.special.erfc, lambda x: -_bell(x), bends=(0.0,)),
-    "logistic": _Unary(
-        jax.nn.sigmoid, lambda x: jax.nn.sigmoid(x) * jax.nn.sigmoid(-x), bends=(0.0,)
-    ),
-    "exp": _Unary(jnp.exp, jnp.exp),
+    "tanh": _Unary(jnp.tanh, lambda x: 1 - jnp.tanh(x) ** 2, bends=(0.0,), image=(-1, 1)),
+    "erf": _Unary(jax.scipy.special.erf, _bell, bends=(0.0,), image=(-1, 1)),
+    "erfc": _Unary(jax.scipy.special.erfc, lambda x: -_bell(x), bends=(0.0,), image=(0, 2)),
+    "logistic": _Unary(_sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x), bends=(0.0,), image=(0, 1)),
+    "exp": _Unary(jnp.exp, jnp.exp, image=(0, math.inf)),
+    "exp2": _Unary(jnp.exp2, lambda x: math.log(2) * jnp.exp2(x), image=(0, math.inf)),
+    "expm1": _Unary(jnp.expm1, jnp.exp, image=(-1, math.inf)),
+    "log": _Unary(jnp.log, lambda x: 1 / x),
+    "log1p": _Unary(jnp.log1p, lambda x: 1 / (1 + x)),
+    "abs": _Unary(jnp.abs, jnp.sign, turns=(0.0,), image=(0, math.inf), errors=0),
+    "sign": _Unary(jnp.sign, None, image=(-1, 1), errors=0),
+    "square": _power(2),
+    "sqrt": _root(0.5)._replace(value=jnp.sqrt),
+    "rsqrt": _root(-0.5)._replace(value=jax.lax.rsqrt),
 }
 
 _GELU = _Unary(
@@ -375,28 +510,229 @@ _GELU = _Unary(
 """xΦ(x): its least value is at Φ(x) = −xφ(x), its slope is extreme at ±√2."""
 
 _FUNCTION_ERRORS = 16
-"""Machine epsilons of 1 + |φ(x)| that a computed φ or φ' may be off; measured: 5 at most."""
+"""Machine epsilons of 1 + |φ(x)| that a logarithm of a sum may be off."""
 
 
-def _range(value: Callable[[Any], Any], inner: Sequence[float], box: _Box) -> _Box:
+_SILU = _Unary(
+    lambda x: x * _sigmoid(x),
+    lambda x: _sigmoid(x) * (1 + x * _sigmoid(-x)),
+    turns=(-1.2784645427610737,),
+    bends=(-2.3993572805154675, 2.3993572805154675),
+)
+"""xσ(x)."""
+
+
+def _tanh_gelu(c: float, k: float) -> _Unary:
+    """x(1 + tanh(c(x + kx³)))/2 = xσ(2c(x + kx³)), at GELU's c and k up to rounding."""
+
+    def inner(x: Any) -> Any:
+        return 2 * c * (x + k * x**3)
+
+    def slope(x: Any) -> Any:
+        gate = _sigmoid(inner(x))
+        return gate * (1 + x * _sigmoid(-inner(x)) * 2 * c * (1 + 3 * k * x**2))
+
+    return _Unary(
+        lambda x: x * _sigmoid(inner(x)),
+        slope,
+        turns=(-0.7524614220710161,),
+        bends=(-1.4185040087908283, 1.4185040087908283),
+    )
+
+
+def _leaky(slope: Any = 0.01) -> _Unary:
+    return _Unary(
+        lambda x: jnp.where(x >= 0, x, slope * x),
+        lambda x: jnp.where(x >= 0, 1, slope * jnp.ones_like(x)),
+        turns=(0.0,),
+        errors=2,
+        least=0,
+    )
+
+
+def _elu(scale: Any = 1.0) -> _Unary:
+    return _Unary(
+        lambda x: jnp.where(x > 0, x, scale * jnp.expm1(jnp.minimum(x, 0))),
+        lambda x: jnp.where(x > 0, 1, scale * jnp.exp(jnp.minimum(x, 0))),
+        turns=(0.0,),
+        bends=(0.0,),
+    )
+
+
+def _softplus() -> _Unary:
+    return _Unary(jax.nn.softplus, _sigmoid, image=(0, math.inf))
+
+
+def _mish() -> _Unary:
+    """x·tanh(s) with s = softplus(x); φ' = tanh(s) + xσ(x)/cosh²(s)."""
+
+    def slope(x: Any) -> Any:
+        s = jax.nn.softplus(x)
+        return jnp.tanh(s) + x * _sigmoid(x) / jnp.cosh(s) ** 2
+
+    return _Unary(
+        lambda x: x * jnp.tanh(jax.nn.softplus(x)),
+        slope,
+        turns=(-1.1924312145154954,),
+        bends=(-2.256376396360793, 1.4905711794854284),
+    )
+
+
+def _hard_silu() -> _Unary:
+    """x·min(max(x + 3, 0), 6)/6."""
+    return _Unary(
+        lambda x: x * jnp.clip(x + 3, 0, 6) / 6,
+        lambda x: jnp.where(x < -3, 0, jnp.where(x > 3, 1, x / 3 + 0.5)),
+        turns=(-1.5,),
+        bends=(-3.0, 3.0),
+    )
+
+
+def _hard_tanh() -> _Unary:
+    return _Unary(
+        lambda x: jnp.clip(x, -1, 1),
+        lambda x: jnp.where(jnp.abs(x) <= 1, jnp.ones_like(x), 0),
+        bends=(-1.0, 1.0),
+        errors=0,
+    )
+
+
+def _soft_sign() -> _Unary:
+    return _Unary(
+        lambda x: x / (1 + jnp.abs(x)), lambda x: (1 + jnp.abs(x)) ** -2.0, bends=(0.0,),
+        image=(-1, 1),
+    )  # fmt: skip
+
+
+_ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., _Unary]]] = {
+    "leaky_relu": (jax.nn.leaky_relu, _leaky),
+    "elu": (jax.nn.elu, _elu),
+    "softplus": (jax.nn.softplus, _softplus),
+    "mish": (jax.nn.mish, _mish),
+    "hard_silu": (jax.nn.hard_silu, _hard_silu),
+    "hard_tanh": (jax.nn.hard_tanh, _hard_tanh),
+    "soft_sign": (jax.nn.soft_sign, _soft_sign),
+}
+"""JAX's functions that trace to a call of that name, each with itself as a function of x.
+
+Operation by operation they would be bounded too, but not tightly: x enters more than once.
+"""
+
+
+def _range(
+    value: Callable[[Any], Any],
+    inner: Sequence[float],
+    box: _Box,
+    errors: float = 16,
+    least: float = 1,
+) -> _Box:
     """All values on an interval, from its ends and those of the inner extremes that lie in it."""
     points = [box.lower, box.upper, *(jnp.clip(t, box.lower, box.upper) for t in inner)]
     values = value(jnp.stack(points))  # at once: the compiler writes an erfc out each time
     found = _Box(values.min(0), values.max(0))
-    return _outward(found, _FUNCTION_ERRORS, 1 + found.size)
+    return _outward(found, errors, least + found.size) if errors else found
+
+
+def _clipped(box: _Box, low: float, high: float) -> _Box:
+    return _Box(jnp.clip(box.lower, low, high), jnp.clip(box.upper, low, high))
 
 
 def _mapped(function: _Unary, pair: _Pair) -> _Pair:
     """φ of both values; the gap is φ'(ξ)·D with ξ between them."""
-    first, second = _each([pair], lambda b: _range(function.value, function.turns, *b))
+    slope, errors, least = function.slope, function.errors, function.least
+
+    def rule(boxes: list[_Box]) -> _Box:
+        found = _range(function.value, function.turns, boxes[0], errors, least)
+        return _clipped(found, *function.image)
+
+    first, second = _each([pair], rule)
 
     def gap() -> _Box:
         x, y, d = pair.first, pair.second, pair.difference()
         hull = _Box(jnp.minimum(x.lower, y.lower), jnp.maximum(x.upper, y.upper))
-        slope = _range(function.slope, function.bends, hull)
-        corners = jnp.stack([a * b for a in (slope.lower, slope.upper) for b in (d.lower, d.upper)])
+        if slope is None:
+            unknown = jnp.full_like(hull.lower, jnp.inf)
+            return _Box(-unknown, unknown)
+        slopes = _range(slope, function.bends, hull, errors, least)
+        corners = jnp.stack(
+            [a * b for a in (slopes.lower, slopes.upper) for b in (d.lower, d.upper)]
+        )
         found = _Box(corners.min(0), corners.max(0))
-        return _outward(found, 2, found.size)
+        found = _outward(found, 2, found.size)
+        # A slope of ∞, as of a root at 0, says nothing.
+        nothing = jnp.isnan(found.lower) | jnp.isnan(found.upper)
+        return _Box(
+            jnp.where(nothing, -jnp.inf, found.lower), jnp.where(nothing, jnp.inf, found.upper)
+        )
+
+    return _with_gap(first, second, gap)
+
+
+def _to_a_number(eqn: Any, pairs: Sequence[_Pair]) -> _Pair:
+    """x^y for a number y."""
+    if eqn.primitive.name == "integer_pow":
+        exponent = eqn.params["y"]
+    elif hasattr(eqn.invars[1], "val") and not np.ndim(eqn.invars[1].val):
+        exponent = float(eqn.invars[1].val)
+    else:
+        raise _unsupported("pow with an exponent that is no number")
+    if exponent != int(exponent):
+        return _mapped(_root(exponent), pairs[0])
+    size = abs(int(exponent))
+    found = _mapped(_power(size), pairs[0]) if size else _scaled(0.0, pairs[0])
+    if size == 0:
+        one = jnp.ones_like(found.first.lower)
+        return _known(one, one)
+    return _inverse(found) if exponent < 0 else found
+
+
+# ---------------------------------------------------------------- softmax
+
+
+def _others(box: _Box, axis: int, *, least: bool) -> Array:
+    """For each entry i: log Σ_j exp(f_j − f_i), at its least or largest value over the box."""
+    f, rest = (box.upper, box.lower) if least else (box.lower, box.upper)
+    f, rest = jnp.moveaxis(f, axis, -1), jnp.moveaxis(rest, axis, -1)
+    size = f.shape[-1]
+    same = jnp.eye(size, dtype=bool).reshape(*[1] * (f.ndim - 1), size, size)
+    gaps = jnp.where(same, 0, rest[..., None, :] - f[..., :, None])
+    return jnp.moveaxis(jax.nn.logsumexp(gaps, -1), -1, axis)
+
+
+def _log_softmax(pair: _Pair, axis: int) -> _Pair:
+    """f_i − log Σ_j e^{f_j}: grows with f_i, falls with the others; D is D_i less a mean of D."""
+
+    def rule(boxes: list[_Box]) -> _Box:
+        low, high = (-_others(boxes[0], axis, least=least) for least in (False, True))
+        found = _Box(low, high)
+        size = 1 + found.size + boxes[0].size.max(axis, keepdims=True)
+        found = _outward(found, _FUNCTION_ERRORS + found.lower.shape[axis], size)
+        return _clipped(found, -math.inf, 0)
+
+    first, second = _each([pair], rule)
+    return _with_gap(first, second, lambda: _from_mean(pair, axis))
+
+
+def _from_mean(pair: _Pair, axis: int) -> _Box:
+    """D_i less any weighted mean of all D_j."""
+    d = pair.difference()
+    mean = _Box(d.lower.min(axis, keepdims=True), d.upper.max(axis, keepdims=True))
+    return _minus(d, mean)
+
+
+def _softmax(pair: _Pair, axis: int) -> _Pair:
+    """e^{f_i}/Σ_j e^{f_j}; D = p_i·(D_i − Σ_j p_j D_j), p at some point between."""
+    logs = _log_softmax(pair, axis)
+    first, second = _each(
+        [logs],
+        lambda boxes: _clipped(_range(jnp.exp, (), boxes[0]), 0, 1),
+    )
+
+    def gap() -> _Box:
+        x, y = pair.first, pair.second
+        hull = _Box(jnp.minimum(x.lower, y.lower), jnp.maximum(x.upper, y.upper))
+        between = _softmax(_Pair(hull, hull), axis).first
+        return _product(jnp.multiply, 1, between, _from_mean(pair, axis))
 
     return _with_gap(first, second, gap)
 
@@ -408,7 +744,7 @@ def _scaled(factor: float, pair: _Pair) -> _Pair:
 
 _MOVES = (
     *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy"),
-    *("slice", "rev", "pad", "concatenate", "stack"),
+    *("slice", "rev", "pad", "concatenate", "stack", "tile", "stop_gradient"),
 )
 
 _SPLITS = ("split", "unstack")
@@ -421,9 +757,15 @@ _RULES: dict[str, Callable[[Any, Sequence[_Pair]], _Pair]] = {
     **dict.fromkeys(("max", "min"), _largest),
     **{f"reduce_{kind}": _pooled for kind in ("max", "min", "window_max", "window_min")},
     **dict.fromkeys(_UNARY, lambda eqn, pairs: _mapped(_UNARY[eqn.primitive.name], *pairs)),
+    **dict.fromkeys(("integer_pow", "pow"), _to_a_number),
+    **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _compared),
+    **dict.fromkeys(("and", "or", "not"), _logical),
+    "clamp": _clamped,
     "convert_element_type": _converted,
     "div": _divided,
+    "is_finite": _finite,
     "neg": lambda eqn, pairs: _linear(pairs, lambda boxes: _negative(*boxes)),
+    "select_n": _selected,
     "sub": lambda eqn, pairs: _linear(pairs, lambda boxes: _minus(*boxes)),
 }
 
@@ -433,7 +775,7 @@ def _unsupported(name: str) -> InputError:
         "network",
         expected=f"of the image only {', '.join(sorted((*_RULES, *_SPLITS)))} and calls of such",
         got=f"the operation {name}",
-        fix="write the layer with these operations",
+        fix="write the layer with these operations, or use attacks, which need no bounds",
     )
 
 
@@ -455,17 +797,123 @@ def _multiple(atom: Any, made: dict[Any, Any]) -> tuple[Any, float]:
     return atom, factor
 
 
-def _gelu(eqn: Any, made: dict[Any, Any]) -> tuple[Any, float, float] | None:
-    """(x, s, t) of a product s·x·erfc(t·x), as exact GELU is traced; None if it is another one."""
+def _made_by(name: str, atom: Any, made: dict[Any, Any]) -> Any:
+    """The operation of that name that an atom comes from, or None."""
+    eqn = None if hasattr(atom, "val") else made.get(atom)
+    return eqn if eqn is not None and eqn.primitive.name == name else None
+
+
+def _other(eqn: Any, number: float | None = None) -> tuple[Any, float]:
+    """Of a sum or product of a number and a variable both, the variable first; (None, 0) else."""
+    numbers = [atom for atom in eqn.invars if hasattr(atom, "val") and not np.ndim(atom.val)]
+    others = [atom for atom in eqn.invars if not hasattr(atom, "val")]
+    if len(numbers) != 1 or len(others) != 1:
+        return None, 0.0
+    found = float(numbers[0].val)
+    return (others[0], found) if number in (None, found) else (None, 0.0)
+
+
+def _gated(eqn: Any, made: dict[Any, Any], read: Callable[[Any], _Pair]) -> _Pair | None:
+    """s·x·erfc(t·x), s·x·σ(t·x) and tanh-GELU as functions of x; None for another operation."""
     if eqn.primitive.name != "mul":
         return None
     for one, other in (eqn.invars, eqn.invars[::-1]):
-        inner = None if hasattr(other, "val") else made.get(other)
-        if inner is not None and inner.primitive.name == "erfc":
-            (x, s), (base, t) = _multiple(one, made), _multiple(inner.invars[0], made)
-            if x is base and t != 0:
-                return x, s, t
+        if hasattr(one, "val") or hasattr(other, "val"):
+            continue
+        (x, s), (gate, factor) = _multiple(one, made), _multiple(other, made)
+        s *= factor
+        for name in ("erfc", "logistic"):
+            if (inner := _made_by(name, gate, made)) is not None:
+                base, t = _multiple(inner.invars[0], made)
+                if base is not x or t == 0:
+                    continue
+                if name == "logistic":  # with u = t·x it is (s/t)·uσ(u)
+                    return _scaled(s / t, _mapped(_SILU, _scaled(t, read(x))))
+                u = _scaled(-_ROOT2 * t, read(x))  # and here −(√2·s/t)·uΦ(u), u = −√2·t·x
+                return _scaled(-_ROOT2 * s / t, _mapped(_GELU, u))
+        constants = _tanh_gate(gate, x, made)
+        if constants is not None:
+            return _scaled(2 * s, _mapped(_tanh_gelu(*constants), read(x)))
     return None
+
+
+def _tanh_gate(gate: Any, x: Any, made: dict[Any, Any]) -> tuple[float, float] | None:
+    """(c, k) of 1 + tanh(c(x + kx³)), if they are those of GELU; else None."""
+    if (one := _made_by("add", gate, made)) is None:
+        return None
+    if (tanh := _made_by("tanh", _other(one, 1.0)[0], made)) is None:
+        return None
+    total, c = _multiple(tanh.invars[0], made)
+    if (total := _made_by("add", total, made)) is None:
+        return None
+    for base, cube in (total.invars, total.invars[::-1]):
+        term, k = _multiple(cube, made) if not hasattr(cube, "val") else (None, 0.0)
+        power = None if term is None else _made_by("integer_pow", term, made)
+        if base is not x or power is None or power.params["y"] != 3 or power.invars[0] is not x:
+            continue
+        if np.allclose((c, k), (math.sqrt(2 / math.pi), 0.044715), rtol=1e-6, atol=0):
+            return c, k
+    return None
+
+
+def _reduced(atom: Any, name: str, made: dict[Any, Any]) -> tuple[Any, int] | None:
+    """(terms, axis) of a sum over one axis, or a function `name` of it, that keeps the axis."""
+    shape = atom.aval.shape
+    for wrapped in ("broadcast_in_dim", "reshape"):
+        if (eqn := _made_by(wrapped, atom, made)) is not None:
+            atom = eqn.invars[0]
+    if name:
+        if (eqn := _made_by(name, atom, made)) is None:
+            return None
+        atom = eqn.invars[0]
+        for wrapped in ("broadcast_in_dim", "reshape"):
+            if (inner := _made_by(wrapped, atom, made)) is not None:
+                atom = inner.invars[0]
+    if (total := _made_by("reduce_sum", atom, made)) is None or len(total.params["axes"]) != 1:
+        return None
+    (terms,), (axis,) = total.invars, total.params["axes"]
+    kept = (*terms.aval.shape[:axis], 1, *terms.aval.shape[axis + 1 :])
+    return (terms, axis) if shape == kept else None
+
+
+def _normalised(eqn: Any, made: dict[Any, Any], read: Callable[[Any], _Pair]) -> _Pair | None:
+    """softmax as e/Σe and log-softmax as f − log Σ e^f; None for another operation."""
+    if eqn.primitive.name not in ("div", "sub") or any(hasattr(a, "val") for a in eqn.invars):
+        return None
+    top, bottom = eqn.invars
+    softmax = eqn.primitive.name == "div"
+    if (found := _reduced(bottom, "" if softmax else "log", made)) is None:
+        return None
+    terms, axis = found
+    if (exp := _made_by("exp", terms, made)) is None or top is not (
+        terms if softmax else exp.invars[0]
+    ):
+        return None
+    logits = exp.invars[0]
+    # What is the same for all entries of the axis, like their maximum, falls out.
+    if (shift := _made_by("sub", logits, made)) is not None:
+        (base, level), wanted = shift.invars, logits.aval.shape
+        size = level.aval.shape
+        if base.aval.shape == wanted and (not size or size[axis] == 1):
+            logits = base
+    return (_softmax if softmax else _log_softmax)(read(logits), axis)
+
+
+def _activation(eqn: Any, pairs: Sequence[_Pair]) -> _Unary | None:
+    """A call of one of `_ACTIVATIONS`, if its program is that of JAX's own function."""
+    name, parameters = eqn.params.get("name"), pairs[1:]
+    fixed = all(pair.known and pair.shared and not pair.first.lower.ndim for pair in parameters)
+    if name not in _ACTIVATIONS or not fixed or pairs[0].known:
+        return None
+    function, build = _ACTIVATIONS[name]
+    shapes = [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
+        for v in eqn.invars
+    ]
+    calls = jax.make_jaxpr(function)(*shapes).eqns
+    same = len(calls) == 1 and str(calls[0].params.get("jaxpr")) == str(eqn.params.get("jaxpr"))
+    dtype = pairs[0].first.lower.dtype
+    return build(*(p.first.lower.astype(dtype) for p in parameters)) if same else None
 
 
 def _run(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[_Pair]) -> list[_Pair]:
@@ -482,7 +930,9 @@ def _run(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[_Pair]) -> list[
 
     for eqn in jaxpr.eqns:
         pairs, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
-        if name in _CALLS:
+        if name in _CALLS and (function := _activation(eqn, pairs)) is not None:
+            outputs = [_mapped(function, pairs[0])]
+        elif name in _CALLS:
             body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             inner = getattr(body, "jaxpr", body)  # closed, or open without constants
             outputs = _run(inner, getattr(body, "consts", ()), pairs)
@@ -492,10 +942,8 @@ def _run(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[_Pair]) -> list[
             if not all(pair.shared for pair in pairs):
                 second = _evaluate(eqn, [pair.second.lower for pair in pairs])
             outputs = [_known(*both) for both in zip(first, second, strict=True)]
-        elif (found := _gelu(eqn, made)) is not None:
-            x, s, t = found  # with u = −√2·t·x the product is −(√2·s/t)·uΦ(u)
-            u = _scaled(-_ROOT2 * t, read(x))
-            outputs = [_scaled(-_ROOT2 * s / t, _mapped(_GELU, u))]
+        elif (found := _gated(eqn, made, read) or _normalised(eqn, made, read)) is not None:
+            outputs = [found]
         elif name in _SPLITS:
             outputs = [_moved(eqn, pairs, i) for i in range(len(eqn.outvars))]
         elif name in _RULES:
@@ -558,8 +1006,16 @@ def _checked(
     if second is not None:
         check_same_tree("second network", second, first)
         check_params(second, "the second network")
-    found = _propagated(apply, first, second, jnp.asarray(x), threat)
-    check_finite("bounds", found)
+    (images,) = floats(images=x)
+    found = _propagated(apply, first, second, images, threat)
+    if not all(bool(jnp.isfinite(end).all()) for end in jax.tree.leaves(found)):
+        raise InputError(
+            "bounds",
+            expected="finite ones",
+            got="NaN or infinity",
+            fix="a division, root or logarithm may leave its domain, or the values grow too large: "
+            "lower the radius",
+        )
     return found
 
 
@@ -593,8 +1049,12 @@ def _losses(logits: Bounds, y: Labels) -> Bounds:
 def output_bounds(apply: ApplyFn, params: Params, x: Images | np.ndarray, threat: Threat) -> Bounds:
     """lower ≤ f(z) ≤ upper for every z in B(x), rigorously.
 
-    By interval propagation, so any network of products, sums, moves, pooling and activations
-    relu, tanh, erf, logistic, exp and (exact) gelu will do; exact for a linear network.
+    By interval propagation, so any network of products, sums, moves, pooling, powers, divisions,
+    comparisons and functions like exp, log, tanh, erf and abs will do; exact for a linear network.
+    A function of JAX in which x enters more than once is bounded as a whole: relu, leaky_relu, elu,
+    selu, silu, gelu (both), mish, softplus, softmax, log_softmax, soft_sign and the hard ones.
+    Other compositions are bounded operation by operation, which may be loose; so is one's own
+    `where(x > 0, …)`.
 
     Args:
         apply: `(params, z[n, *shape]) -> logits[n, c]`, image by image.
@@ -602,7 +1062,7 @@ def output_bounds(apply: ApplyFn, params: Params, x: Images | np.ndarray, threat
         x: clean images [n, *shape], inside `threat.bounds`. Their dtype decides the precision:
             the bounds are rigorous in float32 too, but wider.
         threat: `Linf`; `L2`, whose first product uses |w·(z − x)| ≤ ε‖w‖₂; `StrongL2` is bounded
-            by its L2 ball.
+            by its L2 ball. Its bounds may be infinite, or one pair for each channel.
 
     Returns:
         `Bounds(lower, upper)`, each [n, c].

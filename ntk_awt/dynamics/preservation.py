@@ -5,7 +5,8 @@ the gap from the parameters that a training loop went through; `identity_defect`
 kernels, gradients and remainders account for it (P1). `posterior_bound` bounds it by what was
 measured on the way (P2); `prior_bound`, `prior_gap`, `gronwall_bound` and `pointwise_bound` by what
 is known of the kernels and the dense network alone (P3). Gradient descent is that of the risk
-(1/N) Σ_j ℓ(f(x̃_j), y_j) with a constant step η. Every function keeps the dtype of its inputs.
+(1/N) Σ_j ℓ(f(x̃_j), y_j) with a constant step η. Every function computes and answers in the dtype of
+its inputs, in float32 if that is narrower.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntk_awt.attacks import CRITERIA, Attack, check_examples, criterion, example_keys
-from ntk_awt.dynamics.flow import _check_times, _decompose, loss_gradient, output_change
-from ntk_awt.errors import InputError, check_number, choose
-from ntk_awt.kernels import empirical, flatten, kernel_distance, target_distance
+from ntk_awt.dynamics.flow import (
+    Spectrum,
+    check_spectrum,
+    check_times,
+    decompose,
+    floats,
+    loss_gradient,
+    output_change,
+    unit_roundoff,
+)
+from ntk_awt.errors import InputError, check_finite, check_number, choose
+from ntk_awt.kernels import empirical, flatten, target_distance
 from ntk_awt.masks import Ticket, effective, masked
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
@@ -132,6 +142,9 @@ def _trajectory(
         targets = jax.nn.one_hot(y, logits.shape[1], dtype=logits.dtype)
         kernel = empirical(apply, params, z, points, mask=mask, gain=gain)
         gradients = loss_gradient(loss, logits, targets)
+        outputs, following, slope, kernel = floats(
+            outputs=outputs, following=following, slope=slope, kernel=kernel
+        )
         return outputs, following, gradients, kernel, following - outputs - slope
 
     before, after = (
@@ -201,8 +214,8 @@ def trajectory(
 # ---------------------------------------------------------------- P1, P2
 
 
-def _check_pair(dense: Trajectory, sparse: Trajectory, step: float) -> None:
-    """Raise unless both were followed at the same points through as many steps."""
+def _pair(dense: Trajectory, sparse: Trajectory, step: float) -> tuple[Trajectory, Trajectory]:
+    """Both in one dtype; raise unless followed at the same points through as many steps."""
     check_number("step", step, low=0, low_open=True)
     if (
         dense.outputs.shape != sparse.outputs.shape
@@ -214,6 +227,10 @@ def _check_pair(dense: Trajectory, sparse: Trajectory, step: float) -> None:
         raise InputError("trajectories", expected=shapes[0], got=shapes[1])
     if not np.array_equal(dense.z, sparse.z):
         raise InputError("trajectories", expected="the same points Z", got="different ones")
+    followed = [f"{name} {part}" for name in ("dense", "sparse") for part in Trajectory._fields]
+    arrays = floats(**dict(zip(followed, (*dense, *sparse), strict=True)))
+    check_finite("trajectories", dict(zip(followed, arrays, strict=True)))
+    return Trajectory(*arrays[: len(dense)]), Trajectory(*arrays[len(dense) :])
 
 
 _changes = jax.vmap(output_change)  # −K_k g_k/N of each step
@@ -268,11 +285,12 @@ def identity_defect(dense: Trajectory, sparse: Trajectory, step: float) -> Float
         [T, m, c].
 
     Raises:
-        InputError: trajectories of other lengths or at other points Z, a step that is not positive.
+        InputError: trajectories of other lengths, at other points Z or not finite, a step that is
+            not positive.
 
     Source: theory P1.
     """
-    _check_pair(dense, sparse, step)
+    dense, sparse = _pair(dense, sparse, step)
     return _defect(dense, sparse, step)
 
 
@@ -295,7 +313,7 @@ def posterior_bound(dense: Trajectory, sparse: Trajectory, step: float) -> Float
 
     Source: theory P2.
     """
-    _check_pair(dense, sparse, step)
+    dense, sparse = _pair(dense, sparse, step)
     start, driven, response, rest = map(np.asarray, _terms(dense, sparse))
     return _recursion(start, np.ones_like(rest), step * (driven + response) + rest)
 
@@ -315,46 +333,69 @@ class Frozen(NamedTuple):
     outputs: Float[Array, "n c"] | np.ndarray
 
 
-class _Eigen(NamedTuple):
-    values: np.ndarray
-    vectors: jax.Array
+class _Problem(NamedTuple):
+    """Kernels and outputs of the dense and the sparse network, targets, and both spectra."""
+
+    kernels: tuple[jax.Array, jax.Array]
+    outputs: tuple[jax.Array, jax.Array]
+    targets: jax.Array
+    spectra: tuple[Spectrum, Spectrum]
+    largest: tuple[float, float]
 
 
-def _eigen(what: str, network: Frozen) -> _Eigen:
-    """Eigenvalues (negative ones by rounding as 0) and eigenvectors of a kernel; or raise."""
-    shape = (len(network.outputs), *network.outputs.shape)
-    if network.kernel.shape not in (shape[:2], (*shape, shape[-1])):
-        raise InputError(
-            f"{what} kernel",
-            expected=f"shape {shape[:2]} or {(*shape, shape[-1])}",
-            got=f"shape {network.kernel.shape}",
+def _problem(dense: Frozen, sparse: Frozen, targets: Any) -> _Problem:
+    """The problem in one dtype; raise unless its arrays fit and the kernels are symmetric, PSD."""
+    named = {f"{name} {part}": value for name, network in (("dense", dense), ("sparse", sparse))
+             for part, value in network._asdict().items()}  # fmt: skip
+    arrays = dict(zip([*named, "targets"], floats(**named, targets=targets), strict=True))
+    outputs = arrays["dense outputs"]
+    if outputs.ndim != 2 or not outputs.size:
+        expected = "axes [N, c], not empty"
+        raise InputError("dense outputs", expected=expected, got=f"shape {outputs.shape}")
+    shape = (len(outputs), *outputs.shape)
+    for what in ("sparse outputs", "targets"):
+        if arrays[what].shape != outputs.shape:
+            got = f"shape {arrays[what].shape}"
+            raise InputError(what, expected=f"shape {outputs.shape}", got=got)
+    for what in ("dense kernel", "sparse kernel"):
+        if arrays[what].shape not in (shape[:2], (*shape, shape[-1])):
+            raise InputError(
+                what,
+                expected=f"shape {shape[:2]} or {(*shape, shape[-1])}",
+                got=f"shape {arrays[what].shape}",
+            )
+    if arrays["dense kernel"].shape != arrays["sparse kernel"].shape:
+        expected, got = (f"{arrays[what].shape}" for what in ("dense kernel", "sparse kernel"))
+        raise InputError("sparse kernel", expected=expected, got=got)
+    for what, array in arrays.items():
+        check_finite(what, array)
+    spectra, largest = [], []
+    for what, kernel in (("dense kernel", dense.kernel), ("sparse kernel", sparse.kernel)):
+        unit = unit_roundoff(kernel)
+        spectra.append(decompose(arrays[what], unit))
+        largest.append(
+            check_spectrum(what, spectra[-1], unit, "needs posterior_bound or pointwise_bound")
         )
-    values, vectors, asymmetry = _decompose(jnp.asarray(network.kernel))
-    spectrum = np.asarray(values)
-    # A decomposition of size m errs by about m units of rounding of the largest eigenvalue.
-    allowed = 10 * len(spectrum) * float(np.finfo(spectrum.dtype).eps) * np.abs(spectrum).max()
-    if not asymmetry <= allowed:
-        raise InputError(
-            f"{what} kernel",
-            expected="a symmetric one, of the training points with themselves",
-            got=f"entries that differ by {asymmetry:.2g}",
-            fix="with a mixed kernel Θ(Z, X̃) use posterior_bound or pointwise_bound",
-        )
-    if not spectrum.min() >= -allowed:
-        raise InputError(
-            f"{what} kernel",
-            expected="a positive semidefinite one",
-            got=f"eigenvalues from {spectrum.min():.2g} to {spectrum.max():.2g}",
-        )
-    return _Eigen(np.maximum(spectrum, 0), vectors)
+    return _Problem(
+        (arrays["dense kernel"], arrays["sparse kernel"]),
+        (outputs, arrays["sparse outputs"]),
+        arrays["targets"],
+        (spectra[0], spectra[1]),
+        (largest[0], largest[1]),
+    )
 
 
-def _check_step(dense: np.ndarray, sparse: np.ndarray, step: float, n: int) -> None:
+def _check_step(problem: _Problem, step: float) -> None:
     """Raise if gradient descent might leave the bound: see `prior_bound`."""
-    sums = {"(λ_min + λ_max) of the dense": dense[0] + dense[-1], "λ_max of the sparse": sparse[-1]}
+    (dense, _), (of_dense, of_sparse) = problem.spectra, problem.largest
+    n, values = len(problem.targets), dense.values
+    sums = {
+        "(λ_min + λ_max) of the dense": float(values[0]) + of_dense,
+        "λ_max of the sparse": of_sparse,
+    }
     for what, total in sums.items():
         # Eigenvalues are known up to rounding.
-        if step * total > 2 * n * (1 + 10 * len(dense) * float(np.finfo(dense.dtype).eps)):
+        if step * total > 2 * n * (1 + 10 * len(values) * float(jnp.finfo(values.dtype).eps)):
             raise InputError(
                 "step",
                 expected=f"at most 2N/{what} kernel, {2 * n / total:.4g}",
@@ -375,7 +416,8 @@ def prior_bound(
 
     ‖D_t‖/√N ≤ β + min(t, N/λ_min(Θ^d))·α·r_0,    r_0 = ‖f^d_0 − y‖/√N
 
-    with β = ‖D_0‖/√N, α = ‖Θ^d − Θ^s‖_F/N. It follows from D' = −(1/N)(ΔΘ r^d + Θ^s D), in which
+    with β = ‖D_0‖/√N, α = ‖Θ^d − Θ^s‖_F/N (‖k^d − k^s‖_F/N for Θ = k ⊗ I), and λ_min = 0 where it
+    counts as 0 (see `flow.frozen`). It follows from D' = −(1/N)(ΔΘ r^d + Θ^s D), in which
     Θ^s ⪰ 0 cannot enlarge D, and ‖r^d_t‖ ≤ e^{−tλ_min/N}‖r_0‖. Gradient descent: t = kη and
     D_{k+1} = (I − ηΘ^s/N)D_k − (η/N)ΔΘ r^d_k, where nothing grows if η ≤ 2N/λ_max(Θ^s), and
     η Σ‖r^d_k‖ ≤ min(t, N/λ_min)‖r_0‖ if |1 − ηλ_max/N| ≤ 1 − ηλ_min/N, that is
@@ -403,29 +445,18 @@ def prior_bound(
         >>> prior_bound(*pair, one, [0.0, 0.5, 9.0]).tolist()          # α = ½, r_0 = 1, N/λ = 1
         [0.0, 0.25, 0.5]
     """
-    moments = _check_times(times, step)
-    _check_targets(dense, sparse, targets)
-    values = _eigen("dense", dense).values, _eigen("sparse", sparse).values
-    n, smallest = len(targets), values[0][0]
+    moments = check_times(times, step)
+    problem = _problem(dense, sparse, targets)
     if step is not None:
-        _check_step(*values, step, n)
+        _check_step(problem, step)
+    n, smallest = len(problem.targets), float(problem.spectra[0].values[0])
     reach = np.minimum(
         moments * (1 if step is None else step), n / smallest if smallest else np.inf
     )
-    alpha = kernel_distance(jnp.asarray(dense.kernel), jnp.asarray(sparse.kernel))
-    beta = target_distance(jnp.asarray(dense.outputs), jnp.asarray(sparse.outputs))
-    residual = target_distance(jnp.asarray(dense.outputs), jnp.asarray(targets))
-    return (float(beta) + reach * float(alpha * residual)).astype(values[0].dtype)
-
-
-def _check_targets(dense: Frozen, sparse: Frozen, targets: Any) -> None:
-    if not dense.outputs.shape == sparse.outputs.shape == np.shape(targets):
-        shapes = f"{sparse.outputs.shape} (sparse outputs), {np.shape(targets)} (targets)"
-        raise InputError("outputs and targets", expected=f"shape {dense.outputs.shape}", got=shapes)
-    if dense.kernel.shape != sparse.kernel.shape:
-        raise InputError(
-            "sparse kernel", expected=f"shape {dense.kernel.shape}", got=f"{sparse.kernel.shape}"
-        )
+    alpha = jnp.linalg.norm(flatten(problem.kernels[0] - problem.kernels[1])) / n
+    beta = target_distance(*problem.outputs)
+    residual = target_distance(problem.outputs[0], problem.targets)
+    return (float(beta) + reach * float(alpha * residual)).astype(problem.targets.dtype)
 
 
 @jax.jit
@@ -437,10 +468,15 @@ def _gaps(
     residual: jax.Array,
     moments: jax.Array,
 ) -> jax.Array:
-    """D_t for t/N = `moments`: the integral of P3 (a) in the eigenbases of both kernels."""
+    """D_t for t/N = `moments`: the integral of P3 (a) in the eigenbases of both kernels.
+
+    Null vectors u of Θ^s and v of Θ^d have uᵀ(Θ^d − Θ^s)v = 0.
+    """
     of_dense, of_sparse = values[0][None, :], values[1][:, None]
+    moving = (of_dense > 0) | (of_sparse > 0)
     v, u = vectors
-    mixed, initial, r = u.T @ difference @ v, u.T @ start, v.T @ residual
+    mixed = jnp.where(moving, u.T @ difference @ v, 0)
+    initial, r = u.T @ start, v.T @ residual
 
     def gap(t: jax.Array) -> jax.Array:
         # ∫_0^t e^{−(t−s)a} e^{−sb} ds = t·e^{−t·min(a, b)}·(1 − e^{−x})/x with x = t|a − b|.
@@ -485,20 +521,20 @@ def prior_gap(
         >>> f"{float(prior_gap(*pair, one, [0.5])[0, 0, 0]):.4f}"      # e^{−½} − e^{−1}
         '0.2387'
     """
-    moments = _check_times(times, None)
-    _check_targets(dense, sparse, targets)
-    d, s = _eigen("dense", dense), _eigen("sparse", sparse)
-    n, size = len(targets), len(d.values)
+    moments = check_times(times, None)
+    problem = _problem(dense, sparse, targets)
+    (of_dense, of_sparse), shape = problem.spectra, problem.targets.shape
+    size = len(of_dense.values)
     with jax.default_matmul_precision("highest"):
         gaps = _gaps(
-            (jnp.asarray(d.values), jnp.asarray(s.values)),
-            (d.vectors, s.vectors),
-            flatten(jnp.asarray(dense.kernel) - jnp.asarray(sparse.kernel)),
-            jnp.asarray(dense.outputs - sparse.outputs).reshape(size, -1),
-            jnp.asarray(dense.outputs - targets).reshape(size, -1),
-            jnp.asarray(moments / n, d.values.dtype),
+            (of_dense.values, of_sparse.values),
+            (of_dense.vectors, of_sparse.vectors),
+            flatten(problem.kernels[0] - problem.kernels[1]),
+            (problem.outputs[0] - problem.outputs[1]).reshape(size, -1),
+            (problem.outputs[0] - problem.targets).reshape(size, -1),
+            jnp.asarray(moments / shape[0], problem.targets.dtype),
         )
-    return gaps.reshape(-1, *np.shape(targets))
+    return gaps.reshape(-1, *shape)
 
 
 # ---------------------------------------------------------------- P3: any smooth loss
@@ -537,7 +573,7 @@ def gronwall_bound(
 
     Source: theory P3 (b); the remainder makes it hold for networks that are not linear.
     """
-    _check_pair(dense, sparse, step)
+    dense, sparse = _pair(dense, sparse, step)
     check_number("smoothness", smoothness, low=0, low_open=True)
     _check_shared(dense, sparse)
     if dense.x.shape[1:] != dense.z.shape or not np.array_equal(
@@ -585,7 +621,7 @@ def pointwise_bound(
 
     Source: theory P3 (c); the remainder makes it hold for networks that are not linear.
     """
-    _check_pair(dense, sparse, step)
+    dense, sparse = _pair(dense, sparse, step)
     check_number("smoothness", smoothness, low=0, low_open=True)
     _check_shared(dense, sparse)
     known = {point.tobytes() for point in np.asarray(dense.z)}

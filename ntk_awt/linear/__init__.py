@@ -41,6 +41,7 @@ from ntk_awt.linear.sets import (
     classifier_of,
     dual,
     reach,
+    signs,
     symmetric,
 )
 from ntk_awt.linear.svm import (
@@ -85,6 +86,7 @@ __all__ = [
     "ridge_cosine",
     "robust_svm",
     "signal_svm",
+    "signs",
     "simulate",
     "svm_cosine",
     "svm_experiment",

@@ -9,8 +9,15 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from ntk_awt.errors import InputError, check_number, choose
+from ntk_awt.errors import InputError, check_count, check_number, choose
 from ntk_awt.linear.sets import Array
+
+
+def _check_setting(n: int, d: int, mean_norm: float, sigma: float, *, signal: bool = False) -> None:
+    check_count("n", n, low=1)
+    check_count("d", d, low=1)
+    check_number("mean norm", mean_norm, low=0, low_open=signal)
+    check_number("sigma", sigma, low=0, low_open=True)
 
 
 def mean_difference_cosine(n: int, d: int, mean_norm: float, sigma: float = 1.0) -> float:
@@ -23,10 +30,13 @@ def mean_difference_cosine(n: int, d: int, mean_norm: float, sigma: float = 1.0)
         n: training points.
         d: dimension.
         mean_norm: ‖μ‖.
-        sigma: σ.
+        sigma: σ > 0.
 
     Returns:
         cos θ ≥ 0.
+
+    Raises:
+        InputError: a number outside its range.
 
     Source: theory L4.
 
@@ -34,6 +44,7 @@ def mean_difference_cosine(n: int, d: int, mean_norm: float, sigma: float = 1.0)
         >>> round(mean_difference_cosine(100, 300, 1.0), 3)
         0.5
     """
+    _check_setting(n, d, mean_norm, sigma)
     return float(mean_norm / np.sqrt(mean_norm**2 + sigma**2 * d / n))
 
 
@@ -137,7 +148,7 @@ def svm_cosine(
     """
     choose("loss", loss, LOSSES)
     check_number("C", c, low=0, low_open=True)
-    check_number("mean norm", mean_norm, low=0, low_open=True)
+    _check_setting(n, d, mean_norm, sigma, signal=True)
     mu, gamma, target = mean_norm / sigma, d / n, 1 / (c * n * sigma**2)
 
     def equations(point: Array, penalty: float) -> Array:
@@ -190,7 +201,7 @@ def hard_margin_cosine(n: int, d: int, mean_norm: float, sigma: float = 1.0) -> 
         >>> round(hard_margin_cosine(100, 10_000, 1.0) / ridge_cosine(100, 10_000, 1.0), 2)
         1.0
     """
-    check_number("mean norm", mean_norm, low=0, low_open=True)
+    _check_setting(n, d, mean_norm, sigma, signal=True)
     mu, gamma = mean_norm / sigma, d / n
 
     def margin(cosine: float) -> float:

@@ -14,6 +14,7 @@ from ntk_awt.linear.sets import (
     Ball,
     Gaussians,
     LinearClassifier,
+    PixelThreat,
     Strong,
     Threat,
     has_projection,
@@ -42,6 +43,9 @@ def best_isotropic_error(
     Returns:
         The common shape of the arguments.
 
+    Raises:
+        InputError: a negative length, σ ≤ 0, NaN.
+
     Source: theory L3, with the bias.
 
     Example:
@@ -50,6 +54,13 @@ def best_isotropic_error(
         >>> print(best_isotropic_error(1.0, 2.0, [0.0, 0.5]).round(4))
         [0.1587 0.3085]
     """
+    lengths = {"mean norm": mean_norm, "epsilon": epsilon, "delta": delta, "sigma": sigma}
+    for name, value in lengths.items():
+        array = np.asarray(value, np.float64)
+        if not np.all(array > 0 if name == "sigma" else array >= 0):
+            low = "(" if name == "sigma" else "["
+            got = f"{array[~(array > 0)].flat[0]:g}"
+            raise InputError(name, expected=f"numbers in {low}0, ∞)", got=got)
     gap = np.minimum(epsilon, delta) - np.asarray(mean_norm, np.float64)
     return np.minimum(scipy.special.ndtr(gap / sigma), 0.5)
 
@@ -165,7 +176,9 @@ def _best_bias(w: Array, problem: Gaussians, threat: Threat) -> tuple[float, flo
     return b, float(error)
 
 
-def best_classifier(problem: Gaussians, threat: Threat, *, starts: int = 8, seed: int = 0) -> Best:
+def best_classifier(
+    problem: Gaussians, threat: Threat | PixelThreat, *, starts: int = 8, seed: int = 0
+) -> Best:
     """The least robust error of any linear classifier, and the classifier that has it.
 
     One covariance Σ for both classes, any priors: with t = min_{v ∈ V} ‖Σ^{-1/2}(Δ − v)‖ and
@@ -200,7 +213,7 @@ def best_classifier(problem: Gaussians, threat: Threat, *, starts: int = 8, seed
         >>> best_classifier(symmetric([3.0, 4.0]), Ball(5.5))
         Best(robust_error=0.5, classifier=None)
     """
-    single(threat)
+    threat = single(threat)
     check_count("starts", starts, low=0)
     first, second = problem.covariances
     for matrix in (first, second):

@@ -10,7 +10,19 @@ import numpy as np
 from ntk_awt.errors import InputError, check_count, check_number, choose
 from ntk_awt.linear.angles import LOSSES, svm_cosine
 from ntk_awt.linear.margins import binomial_interval, rates, simulate
-from ntk_awt.linear.sets import Array, Ball, Strong, classifier_of, parts, reach, single, symmetric
+from ntk_awt.linear.sets import (
+    Array,
+    Ball,
+    Strong,
+    classes,
+    classifier_of,
+    parts,
+    reach,
+    rows_of,
+    single,
+    strong_of,
+    symmetric,
+)
 from ntk_awt.linear.svm import METHODS, knowing_svms, train_svm
 
 
@@ -243,15 +255,16 @@ def knowledge_case(
         >>> rows[1]["method"], rows[1]["strong_accuracy"] > rows[0]["strong_accuracy"]
         ('signal', True)
     """
-    single(threat)
-    train, test = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (x_train, x_test))
-    if len(known := np.unique(y_train)) != 2 or not np.isin(y_test, known).all():
+    threat = strong_of(single(threat))
+    train, test = (rows_of(x) for x in (x_train, x_test))
+    (_, known), (tested, others) = classes(y_train, len(train)), classes(y_test, len(test))
+    if len(known) != 2 or not len(others) or not np.isin(others, known).all():
         raise InputError("labels", expected="the same two classes", got="others")
-    signs = np.where(np.asarray(y_test) == known[1], 1.0, -1.0)
+    sides = np.where(tested == known[1], 1.0, -1.0)
     trained = knowing_svms(train, y_train, threat, c=c, penalty=penalty, loss=loss, methods=methods)
     rows = []
     for method, model in trained.items():
-        margins = model.margins(test, signs)
+        margins = model.margins(test, sides)
         inside, _ = parts(model.w, threat.basis)
         rows.append(
             {

@@ -6,13 +6,16 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from ntk_awt.errors import InputError, check_count
+from ntk_awt.errors import InputError, check_count, check_number
 from ntk_awt.linear.sets import (
     Array,
     Ball,
     Gaussians,
+    LinearClassifier,
+    PixelThreat,
     Strong,
     Threat,
+    check_signs,
     classifier_of,
     fitting,
     maximiser,
@@ -22,7 +25,7 @@ from ntk_awt.linear.sets import (
 )
 
 
-def worst_perturbation(classifier: Any, y: Any, threat: Threat) -> Array:
+def worst_perturbation(classifier: Any, y: Any, threat: Threat | PixelThreat) -> Array:
     """The v in V that lowers the margin y(wᵀ(x + v) + b) most: by r, wherever x lies.
 
     v = −y·argmax_{u ∈ V} wᵀu: ε·sign(w)(|w|/‖w‖_q)^{q−1} for a ball, and for the strong threat
@@ -30,7 +33,7 @@ def worst_perturbation(classifier: Any, y: Any, threat: Threat) -> Array:
 
     Args:
         classifier: a `LinearClassifier` or a fitted estimator.
-        y: ±1, one label or [n].
+        y: ±1, one label or [n]; see `signs`.
         threat: with single radii.
 
     Returns:
@@ -43,8 +46,7 @@ def worst_perturbation(classifier: Any, y: Any, threat: Threat) -> Array:
         >>> worst_perturbation(LinearClassifier([3.0, -4.0]), 1, Ball(1.0, np.inf))
         array([-1.,  1.])
     """
-    single(threat)
-    y = np.asarray(y, np.float64)
+    threat, y = single(threat), check_signs(y)
     return -y[..., None] * maximiser(classifier_of(classifier).w, threat)
 
 
@@ -66,7 +68,7 @@ def certified_radius(
     Args:
         classifier: a `LinearClassifier` or a fitted estimator.
         x: points [n, d].
-        y: labels ±1, [n].
+        y: labels ±1, [n]; see `signs`.
         p: of the ball, if no basis is given.
         basis: directions [d, k] or [d] of the strong threat, with either `delta` or `ratio`.
         delta: the limit δ on the signal, fixed.
@@ -76,7 +78,8 @@ def certified_radius(
         [n].
 
     Raises:
-        InputError: a basis without exactly one of `delta` and `ratio`, or these without it.
+        InputError: a basis without exactly one of `delta` and `ratio`, or these without it; points
+            or labels that are not [n, d] and ±1 [n].
 
     Source: theory L1, L2.
 
@@ -100,6 +103,7 @@ def certified_radius(
         unit = float(reach(model.w, Strong(1.0, ratio, basis)))
         return margins / unit if unit else np.where(margins > 0, np.inf, 0.0)
     strong = Strong(0.0, delta, basis)
+    single(strong)
     inside, across = parts(model.w, fitting(strong, model.w))
     a, b, length = (np.linalg.norm(part) for part in (inside, across, model.w))
     limit = float(strong.delta)
@@ -134,7 +138,15 @@ def _gaussian_below(gap: Array, scale: Array) -> tuple[Array, Array]:
     return t, scipy.special.ndtr(t)
 
 
-def rates(classifier: Any, problem: Gaussians, threat: Threat) -> Rates:
+def _fitting(classifier: Any, problem: Gaussians) -> LinearClassifier:
+    """The classifier; raise unless it has the dimension of the classes."""
+    model, d = classifier_of(classifier), problem.means.shape[1]
+    if len(model.w) != d:
+        raise InputError("classifier w", expected=f"{d} entries", got=f"{len(model.w)}")
+    return model
+
+
+def rates(classifier: Any, problem: Gaussians, threat: Threat | PixelThreat) -> Rates:
     """Clean error, rate of adversarial examples and robust error of a linear classifier, exactly.
 
     With m_y = y(wᵀμ_y + b), σ_y² = wᵀΣ_y w and the reach r: robust error Σ_y π_y Φ((r − m_y)/σ_y),
@@ -143,10 +155,14 @@ def rates(classifier: Any, problem: Gaussians, threat: Threat) -> Rates:
     Args:
         classifier: a `LinearClassifier` or a fitted estimator; any ‖w‖.
         problem: the classes.
-        threat: its radii may be arrays, of a common shape [*grid].
+        threat: its radii may be arrays, of a common shape [*grid]. The L2 ball is the strong threat
+            with δ = ε; one of `ntk_awt.threats` must have no pixel box.
 
     Returns:
         `Rates`; adversarial and robust [*grid], by class [*grid, 2].
+
+    Raises:
+        InputError: a classifier of another dimension, an unknown threat or one with a pixel box.
 
     Source: theory L1, L2.
 
@@ -157,11 +173,7 @@ def rates(classifier: Any, problem: Gaussians, threat: Threat) -> Rates:
         >>> print(found.clean.round(4), found.adversarial.round(4), found.robust.round(4))
         0.1587 [0.     0.3413] [0.1587 0.5   ]
     """
-    model = classifier_of(classifier)
-    if problem.means.shape[1] != len(model.w):
-        raise InputError(
-            "classifier w", expected=f"{problem.means.shape[1]} entries", got=f"{len(model.w)}"
-        )
+    model = _fitting(classifier, problem)
     centre = np.array([-1.0, 1.0]) * (problem.means @ model.w + model.b)
     spread = np.sqrt(np.maximum(problem.covariances @ model.w @ model.w, 0.0))
     r = np.asarray(reach(model.w, threat))[..., None]
@@ -184,7 +196,11 @@ class Counts(NamedTuple):
 
 
 def simulate(
-    classifier: Any, problem: Gaussians, threat: Threat, n: int, rng: np.random.Generator
+    classifier: Any,
+    problem: Gaussians,
+    threat: Threat | PixelThreat,
+    n: int,
+    rng: np.random.Generator,
 ) -> Counts:
     """Draw n points, add the worst perturbation to each, count the errors before and after.
 
@@ -207,7 +223,7 @@ def simulate(
         True
     """
     check_count("points", n, low=1)
-    model, d = classifier_of(classifier), problem.means.shape[1]
+    model, d, threat = _fitting(classifier, problem), problem.means.shape[1], single(threat)
     positive = rng.binomial(n, problem.priors[1])
     clean = robust = 0
     for index, (y, total) in enumerate([(-1, n - positive), (1, positive)]):
@@ -226,10 +242,17 @@ def simulate(
 def binomial_interval(probability: Any, n: int, level: float = 0.999) -> tuple[Any, Any]:
     """Counts [low, high] that n trials leave with probability 1 − `level` at most.
 
+    Raises:
+        InputError: a probability or level outside [0, 1], no trial.
+
     Example:
         >>> print(*binomial_interval(0.5, 100))
         34.0 66.0
     """
+    check_count("trials", n, low=1)
+    check_number("level", level, low=0, high=1)
+    if not np.all((np.asarray(probability) >= 0) & (np.asarray(probability) <= 1)):
+        raise InputError("probability", expected="numbers in [0, 1]", got=f"{probability}")
     return scipy.stats.binom.interval(level, n, probability)
 
 

@@ -9,9 +9,100 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ntk_awt.errors import InputError, check_finite, check_number
-from ntk_awt.threats import orthonormal
+from ntk_awt.threats import L2, Linf, StrongL2, orthonormal
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def signs(labels: Any) -> Array:
+    """The labels of two classes as −1 and +1, in their sorted order.
+
+    Args:
+        labels: [n], of two classes: whole numbers, bools or names.
+
+    Returns:
+        [n], ±1.
+
+    Raises:
+        InputError: another number of classes, labels that are none, or not [n].
+
+    Example:
+        >>> signs([3, 7, 3]), signs(["no", "yes"])
+        (array([-1.,  1., -1.]), array([-1.,  1.]))
+    """
+    values, known = classes(labels)
+    if len(known) != 2:
+        raise InputError("labels", expected="two classes", got=f"{len(known)}: {_listed(known)}")
+    return np.where(values == known[1], 1.0, -1.0)
+
+
+def classes(labels: Any, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The labels as an array [n], and the sorted classes among them; raise unless they are labels.
+
+    Args:
+        labels: whole numbers, bools or names.
+        n: how many there have to be.
+    """
+    values = np.asarray(labels)
+    if values.ndim != 1 or (n is not None and len(values) != n):
+        wanted = "[n]" if n is None else f"({n},)"
+        raise InputError("labels", expected=f"shape {wanted}", got=f"shape {values.shape}")
+    whole = values.dtype.kind in "iubUS"
+    if values.dtype.kind == "f":
+        whole = bool(np.all(values == np.round(values)))
+    if not whole:
+        got = f"dtype {values.dtype}"
+        if values.dtype.kind == "f":
+            got = f"{values[~(values == np.round(values))][0]:g} among them"
+        raise InputError("labels", expected="whole numbers, bools or names", got=got)
+    return values, np.unique(values)
+
+
+def _listed(values: np.ndarray) -> str:
+    shown = ", ".join(str(value) for value in values[:5])
+    return f"{shown}, …" if len(values) > 5 else shown or "none"
+
+
+def check_signs(y: Any, n: int | None = None) -> Array:
+    """Labels ±1 as float64, one or [n]; raise if any is something else.
+
+    There is no guess which of two other labels is +1: of one label alone nobody could tell.
+    """
+    values = np.asarray(y)
+    if n is not None and values.shape not in ((), (n,)):
+        raise InputError("labels", expected=f"shape ({n},)", got=f"shape {values.shape}")
+    if values.dtype.kind not in "iuf" or not np.isin(values, (-1, 1)).all():
+        numbers = values.dtype.kind in "iuf"
+        got = _listed(np.unique(values)) if numbers else f"dtype {values.dtype}"
+        raise InputError(
+            "labels",
+            expected="−1 and +1",
+            got=got,
+            fix="make them of two classes with linear.signs",
+        )
+    return values.astype(np.float64)
+
+
+def points_of(x: Any, d: int | None = None) -> Array:
+    """Points [n, d] as float64; raise unless they are finite, and of d entries each."""
+    try:
+        points = np.asarray(x, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError("points", expected="real numbers", got=type(x).__name__) from error
+    if points.ndim != 2 or (d is not None and points.shape[1] != d):
+        wanted = "d" if d is None else d
+        raise InputError("points", expected=f"shape [n, {wanted}]", got=f"shape {points.shape}")
+    check_finite("points", points)
+    return points
+
+
+def rows_of(x: Any) -> Array:
+    """Points [n, *shape] as rows [n, d]; raise unless there is one, and all are finite."""
+    values = np.asarray(x)
+    if values.ndim < 2 or not values.size:
+        got = f"shape {values.shape}"
+        raise InputError("points", expected="shape [n, *shape], not empty", got=got)
+    return points_of(values.reshape(len(values), -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +137,9 @@ class LinearClassifier:
         object.__setattr__(self, "b", float(b))
 
     def margins(self, x: Any, y: Any) -> Array:
-        """y(wᵀx + b) for points [n, d] and labels ±1 [n]."""
-        return np.asarray(y) * (np.asarray(x, np.float64) @ self.w + self.b)
+        """y(wᵀx + b) for points [n, d] and labels ±1 [n] (or one for all)."""
+        points = points_of(x, len(self.w))
+        return check_signs(y, len(points)) * (points @ self.w + self.b)
 
 
 def classifier_of(model: Any) -> LinearClassifier:
@@ -104,8 +196,8 @@ class Gaussians:
 
     def __post_init__(self):
         means = np.asarray(self.means, np.float64)
-        if means.ndim != 2 or len(means) != 2:
-            raise InputError("means", expected="shape [2, d]", got=f"shape {means.shape}")
+        if means.ndim != 2 or len(means) != 2 or not means.size:
+            raise InputError("means", expected="shape [2, d], d ≥ 1", got=f"shape {means.shape}")
         d = means.shape[1]
         given = np.asarray(self.covariances, np.float64)
         if given.shape not in ((), (d, d), (2, d, d)):
@@ -189,6 +281,50 @@ class Strong:
 
 
 Threat: TypeAlias = Ball | Strong
+PixelThreat: TypeAlias = Linf | L2 | StrongL2
+"""Taken in place of a `Threat`, if its box has no bounds; see `threat_of`."""
+
+
+def threat_of(threat: Any) -> Threat:
+    """The set of a threat, without a pixel box.
+
+    Args:
+        threat: a `Ball` or `Strong`; or `threats.Linf`, `L2` or `StrongL2` without a pixel box.
+
+    Raises:
+        InputError: another object, or bounds that are finite: with a box the set is not the same
+            around every point, and no formula here holds.
+
+    Example:
+        >>> from ntk_awt import threats
+        >>> threat_of(threats.L2(0.5, (-np.inf, np.inf)))
+        Ball(epsilon=array(0.5), p=2.0)
+    """
+    if isinstance(threat, Ball | Strong):
+        return threat
+    if not isinstance(threat, PixelThreat):
+        raise InputError(
+            "threat", expected="linear.Ball or linear.Strong", got=type(threat).__name__
+        )
+    if not all(np.isinf(bound).all() for bound in threat.bounds):
+        raise InputError(
+            "threat",
+            expected="one without a pixel box",
+            got=f"{type(threat).__name__} in a box",
+            fix="take linear.Ball or linear.Strong, or bounds=(-inf, inf)",
+        )
+    epsilon = float(threat.epsilon)
+    if isinstance(threat, StrongL2):
+        return Strong(epsilon, float(threat.delta), threat.basis)
+    return Ball(epsilon, np.inf if isinstance(threat, Linf) else 2.0)
+
+
+def strong_of(threat: Any) -> Strong:
+    """The same, for what needs a signal."""
+    found = threat_of(threat)
+    if isinstance(found, Ball):
+        raise InputError("threat", expected="linear.Strong, with a signal", got="a ball")
+    return found
 
 
 def _limits(what: str, value: Any) -> Array:
@@ -199,13 +335,15 @@ def _limits(what: str, value: Any) -> Array:
     return array
 
 
-def single(threat: Threat) -> None:
-    """Raise unless the radii are numbers."""
+def single(threat: Any) -> Threat:
+    """The threat's set; raise unless the radii are numbers."""
+    threat = threat_of(threat)
     for name in ("epsilon", "delta"):
         if np.ndim(getattr(threat, name, 0.0)):
             raise InputError(
                 name, expected="one number", got=f"shape {getattr(threat, name).shape}"
             )
+    return threat
 
 
 def p_norm(w: Array, q: float) -> float:
@@ -237,7 +375,7 @@ def dual(p: float) -> float:
 # ---------------------------------------------------------------- L1, L2: rates, exactly
 
 
-def reach(w: Any, threat: Threat) -> Array:
+def reach(w: Any, threat: Threat | PixelThreat) -> Array:
     """r = max_{v ∈ V} wᵀv: how far the threat can move the margin.
 
     Ball: ε‖w‖_q, 1/p + 1/q = 1. Strong, with a = ‖Uᵀw‖, b² = ‖w‖² − a²: ε‖w‖ where εa ≤ δ‖w‖, and
@@ -260,7 +398,7 @@ def reach(w: Any, threat: Threat) -> Array:
         >>> float(reach([3.0, 4.0], Strong(5.0, 0.0, [1.0, 0.0])))
         20.0
     """
-    w = np.asarray(w, np.float64)
+    w, threat = np.asarray(w, np.float64), threat_of(threat)
     if isinstance(threat, Ball):
         return threat.epsilon * p_norm(w, dual(threat.p))
     inside, across = parts(w, fitting(threat, w))

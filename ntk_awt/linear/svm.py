@@ -11,12 +11,18 @@ from ntk_awt.linear.angles import LOSSES
 from ntk_awt.linear.sets import (
     Array,
     LinearClassifier,
+    PixelThreat,
     Strong,
     Threat,
+    classes,
     classifier_of,
     has_projection,
     nearest,
+    points_of,
+    rows_of,
+    signs,
     single,
+    strong_of,
 )
 from ntk_awt.threats import orthonormal
 
@@ -33,17 +39,31 @@ def train_svm(x: Any, y: Any, *, c: float = 1.0, loss: str = "hinge", seed: int 
 
     Returns:
         The estimator; `classifier_of` reads it.
+
+    Raises:
+        InputError: labels of another number of classes, points that do not fit them or are not
+            finite, C ≤ 0, an unknown loss.
     """
     # Imported where it is needed: it takes a second.
     from sklearn.svm import SVC, LinearSVC
 
     choose("loss", loss, LOSSES)
+    check_number("C", c, low=0, low_open=True)
+    points, _ = _examples(x, y)
     model = (
         SVC(C=c, kernel="linear")
         if loss == "hinge"
         else LinearSVC(C=c, dual="auto", tol=1e-6, max_iter=100_000, random_state=seed)
     )
-    return model.fit(x, y)
+    return model.fit(points, np.asarray(y))
+
+
+def _examples(x: Any, y: Any) -> tuple[Array, Array]:
+    """Points [n, d], and ±1 for their labels of two classes."""
+    points, labels = points_of(x), signs(y)
+    if len(points) != len(labels):
+        raise InputError("labels", expected=f"shape ({len(points)},)", got=f"shape {labels.shape}")
+    return points, labels
 
 
 def signal_svm(
@@ -68,7 +88,7 @@ def signal_svm(
         array([1., 0.])
     """
     u = Strong(0.0, 0.0, basis).basis
-    fitted = classifier_of(train_svm(np.asarray(x) @ u, y, c=c, loss=loss))
+    fitted = classifier_of(train_svm(points_of(x, len(u)) @ u, y, c=c, loss=loss))
     return LinearClassifier(u @ fitted.w, fitted.b)
 
 
@@ -92,7 +112,8 @@ def penalised_svm(
         array([0.9, 0.1])
     """
     check_number("penalty", penalty, low=0, low_open=True)
-    u, points = Strong(0.0, 0.0, basis).basis, np.asarray(x, np.float64)
+    u = Strong(0.0, 0.0, basis).basis
+    points = points_of(x, len(u))
     root = np.sqrt(penalty)
 
     def shrink(v: Array) -> Array:
@@ -103,7 +124,7 @@ def penalised_svm(
     return LinearClassifier(shrink(fitted.w), fitted.b)
 
 
-def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClassifier:
+def robust_svm(x: Any, y: Any, threat: Threat | PixelThreat, *, c: float = 1.0) -> LinearClassifier:
     """The SVM on the worst perturbed points: min ½‖w‖² + C Σ max(0, 1 − y_i(wᵀx_i + b) + r(w)).
 
     The reach r is the dual norm of the threat set V, so the problem is convex. Its dual is
@@ -127,12 +148,12 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
         >>> robust_svm(x, [0, 1], Strong(1.5, 0.5, [1.0, 0.0]), c=100.0).w.round(3)  # 1/(2 − ½)
         array([0.667, 0.   ])
     """
-    single(threat)
+    threat = single(threat)
     check_number("C", c, low=0, low_open=True)
     if not has_projection(threat):
         raise InputError("p", expected="1, 2 or ∞ for a robust SVM", got="another one")
-    signs = _signs(y)
-    points = signs[:, None] * np.asarray(x, np.float64)
+    points, sides = _examples(x, y)
+    points = sides[:, None] * points
     n = len(points)
 
     def primal(alpha: Array) -> tuple[Array, float, float]:
@@ -143,7 +164,7 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
         return w, float(w @ v), float(total - w @ w / 2)
 
     def balance(z: Array, multiplier: float) -> float:
-        return float(signs @ np.clip(z - multiplier * signs, 0, c))
+        return float(sides @ np.clip(z - multiplier * sides, 0, c))
 
     def feasible(z: Array) -> tuple[Array, float]:
         """The nearest α, and the multiplier of Σα_i y_i = 0."""
@@ -152,12 +173,12 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
         for _ in range(60):
             low, high = (middle, high) if balance(z, middle) > 0 else (low, middle)
             middle = (low + high) / 2
-        return np.clip(z - middle * signs, 0, c), middle
+        return np.clip(z - middle * sides, 0, c), middle
 
     step = 1 / (np.linalg.norm(points, 2) + float(threat.epsilon) * np.sqrt(n)) ** 2
     alpha = ahead = feasible(np.full(n, min(c, 1 / n)))[0]
     # w = 0 says one class always. What beats it by rounding alone is no classifier either.
-    momentum, best, w, b = 1.0, c * (n - abs(signs.sum())), np.zeros(points.shape[1]), 0.0
+    momentum, best, w, b = 1.0, c * (n - abs(sides.sum())), np.zeros(points.shape[1]), 0.0
     for _ in range(20_000):
         w_ahead, r_ahead, value = primal(ahead)
         gradient = 1 - points @ w_ahead + r_ahead
@@ -169,7 +190,7 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
             if dual_value >= promised - 1e-12 * abs(value):
                 break
             step /= 2
-        lack = 1 - points @ w_next - signs * (multiplier / step) + r_next
+        lack = 1 - points @ w_next - sides * (multiplier / step) + r_next
         primal_value = float(w_next @ w_next / 2 + c * np.maximum(lack, 0).sum())
         if primal_value < best * (1 - 1e-12):
             best, w, b = primal_value, w_next, multiplier / step
@@ -189,13 +210,6 @@ def robust_svm(x: Any, y: Any, threat: Threat, *, c: float = 1.0) -> LinearClass
             fix="lower the radii, or raise C",
         )
     return LinearClassifier(w, b)
-
-
-def _signs(y: Any) -> Array:
-    labels = np.unique(np.asarray(y))
-    if len(labels) != 2:
-        raise InputError("labels", expected="two classes", got=f"{len(labels)}")
-    return np.where(np.asarray(y) == labels[1], 1.0, -1.0)
 
 
 METHODS = ("plain", "signal", "penalised", "robust")
@@ -225,7 +239,11 @@ def knowing_svms(
 
     Returns:
         Classifier by method.
+
+    Raises:
+        InputError: as `train_svm` and `robust_svm`, an unknown method, a threat without a signal.
     """
+    threat = strong_of(threat)
     train: Mapping[str, Callable[[], LinearClassifier]] = {
         "plain": lambda: classifier_of(train_svm(x, y, c=c, loss=loss)),
         "signal": lambda: signal_svm(x, y, threat.basis, c=c, loss=loss),
@@ -259,10 +277,10 @@ def discriminant_basis(x: Any, y: Any) -> Array:
     """
     from sklearn.covariance import ledoit_wolf
 
-    points, labels = np.asarray(x, np.float64).reshape(len(x), -1), np.asarray(y)
-    classes = np.unique(labels)
-    if len(classes) < 2:
-        raise InputError("labels", expected="two classes or more", got=f"{len(classes)}")
-    means = np.stack([points[labels == label].mean(0) for label in classes])
-    covariance, _ = ledoit_wolf(points - means[np.searchsorted(classes, labels)])
+    points = rows_of(x)
+    labels, known = classes(y, len(points))
+    if len(known) < 2:
+        raise InputError("labels", expected="two classes or more", got=f"{len(known)}")
+    means = np.stack([points[labels == label].mean(0) for label in known])
+    covariance, _ = ledoit_wolf(points - means[np.searchsorted(known, labels)])
     return orthonormal(scipy.linalg.pinvh(covariance) @ (means[1:] - means[0]).T)
