@@ -1,12 +1,14 @@
 """The command line `ntk-awt`: arguments from the config dataclasses, progress bars, exit codes.
 
-Exit code 0: done; 1: a check failed; 2: bad input, with one line that says what to change; 130:
-interrupted, with the command that resumes.
+Exit code 0: done; 1: a check failed; 2: bad input, with one line that says what to change; 130
+and 143: interrupted by Ctrl-C or SIGTERM, with the command that resumes (`interrupts`); 141: nobody
+reads the output any more.
 """
 
 import dataclasses
 import json
-import shlex
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +37,16 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from ntk_awt import config as configs
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError, choose
+from ntk_awt.interrupts import at_end, install, kept, line
 
-console = Console(stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to `main`: Rich would exit with 1."""
+        raise BrokenPipeError
+
+
+console = _Console(stderr=True)
 
 
 # ---------------------------------------------------------------- progress
@@ -97,7 +107,7 @@ class Settings:
 
         root = self.run_dir or Path("runs") / configs.run_name(self.config)
         opened = Run(self.config, root, Bars())
-        _kept.append(root)
+        kept.append(root)
         return opened
 
 
@@ -128,7 +138,7 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
         images = dataclasses.replace(config.base.data, data_dir=settings.data_dir)
         config = dataclasses.replace(config, base=dataclasses.replace(config.base, data=images))
     root = settings.run_dir or Path("runs") / (path.stem + "-quick" * settings.quick)
-    _kept.append(root)
+    kept.append(root)
     found = sweep.run(config, root, Bars())
     console.print(_fitted(sweep.HEADERS, sweep.table_rows(found)))
     print(f"report: {root / 'sweep.html'}")
@@ -173,7 +183,7 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
     more = tuple(name for name in networks if name not in config.networks)
     config = dataclasses.replace(config, networks=config.networks + more)
     opened = Run(config, run_dir, Bars())
-    _kept.append(run_dir)
+    kept.append(run_dir)
     opened.make_tickets()
     opened.train(tuple(map(network_label, networks)))
     print(f"trained: {run_dir / 'trained'}")
@@ -217,14 +227,14 @@ def evaluate(
     if robustness.is_run(source):
         if out is not None:
             raise InputError("--out", expected="none: a run keeps its outcomes", got=str(out))
-        _kept.append(Path(source))
+        kept.append(Path(source))
         found = robustness.evaluate_run(Path(source), request, networks, Bars())
         folder = Path(source) / "figures"
     else:
         if networks:
             raise InputError("--networks", expected="none: the source is one network", got="some")
         folder = out or Path("evaluation")
-        _kept.append(folder)
+        kept.append(folder)
         found = [robustness.evaluate_source(source, request, folder, Bars())]
     rows = [one.record() for one in found]
     console.print(_attacks_table(rows))
@@ -311,6 +321,7 @@ def kernel(
 def linear(arguments: list[str]) -> int:
     """Linear classification: rates, phase diagram, SVMs, what knowing the signal changes."""
     from ntk_awt import linear_study
+    from ntk_awt.linear.experiments import stop_workers
 
     settings = tyro.cli(
         linear_study.Settings,  # pyright: ignore[reportArgumentType]
@@ -318,6 +329,9 @@ def linear(arguments: list[str]) -> int:
         description=linear.__doc__,
         args=arguments,
     )
+    at_end.append(stop_workers)
+    # What Ctrl-C leaves of theirs is removed by a process of Python's, which need not say so.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     found = linear_study.run(settings, Bars().bar)
     for title, headers, rows in found.tables:
         table = _table(*headers, title=title)
@@ -565,9 +579,6 @@ def _layers_table(name: str, rows: list[Any]) -> Table:
 
 # ---------------------------------------------------------------- entry
 
-_kept: list[Path] = []
-"""Folders in which an interrupted command leaves work; the same command goes on from there."""
-
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run,
     "ticket": ticket,
@@ -631,28 +642,45 @@ def _dispatch(arguments: list[str]) -> int:
     return command(settings)
 
 
+def _one_line(text: str) -> str:
+    """Whatever a name or a file may hold: no line break and no command for the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _fail(text: str) -> int:
+    print(f"error: {_one_line(text)}", file=sys.stderr)
+    return 2
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command; returns its exit code.
+
+    Args:
+        arguments: of the command; those of the process if not given, which then also handles
+            Ctrl-C and SIGTERM (`interrupts`).
+    """
+    if arguments is None:
+        install()
+        arguments = sys.argv[1:]
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except BrokenPipeError:
+        # What Python would write at its end goes nowhere, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"error: cannot read or write{where}: expected space and permission, "
-            f"got {error.strerror or error}; finished work is kept, mend it and run again",
-            file=sys.stderr,
+        return _fail(
+            f"cannot read or write{where}: expected space and permission, "
+            f"got {error.strerror or error}; finished work is kept, mend it and run again"
         )
-        return 2
     except KeyboardInterrupt:
-        how = ""
-        if _kept:
-            command = shlex.join(["ntk-awt", *arguments])
-            how = f"; finished work is in {_kept[-1]}; to resume: {command}"
-        print(f"interrupted{how}", file=sys.stderr)
+        print(line("interrupted", arguments), file=sys.stderr)
         return 130
 
 
