@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tomli_w
 from tyro.conf import Suppress, arg
 
+from ntk_awt import files
 from ntk_awt.errors import InputError, check_number, choose
 
 
@@ -401,36 +402,41 @@ def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "confi
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if needed and f.name not in values:
             raise InputError(where, expected=f"the setting {f.name}", got="none")
-    return cls(**{name: _convert(v, fields[name], f"{where}.{name}") for name, v in values.items()})
+    return cls(**{name: convert(v, fields[name], f"{where}.{name}") for name, v in values.items()})
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as a `kind`: a dataclass, str, int, float, Path, tuple[T, ...] or T | None."""
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` as a `kind`: a dataclass, str, int, float, Path, tuple[T, ...] or T | None.
+
+    Raises:
+        InputError: it is of another type.
+    """
     if dataclasses.is_dataclass(kind):
         return from_dict(value, typing.cast(type, kind), where)
     if isinstance(kind, types.UnionType):  # T | None; TOML has no null, so a value is a T
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         item = typing.get_args(kind)[0]
-        return tuple(_convert(v, item, where) for v in value)
+        return tuple(convert(v, item, where) for v in value)
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         item = typing.get_args(kind)[1]
         if item is Any:
             return value
-        return {name: _convert(v, item, f"{where}.{name}") for name, v in value.items()}
+        return {name: convert(v, item, f"{where}.{name}") for name, v in value.items()}
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and type(value) is int:
         return float(value)
     if not isinstance(kind, type) or type(value) is not kind:
-        name = getattr(kind, "__name__", str(kind))
+        is_list = typing.get_origin(kind) is tuple  # a list in TOML
+        name = "list" if is_list else getattr(kind, "__name__", str(kind))
         raise InputError(where, expected=f"a value of type {name}", got=repr(value))
     return value
 
 
 def save(config: RunConfig, path: Path) -> None:
     """Write `config` as TOML."""
-    path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    files.write_text(path, tomli_w.dumps(to_dict(config)))
 
 
 def load(path: Path) -> RunConfig:
@@ -439,13 +445,22 @@ def load(path: Path) -> RunConfig:
     Raises:
         InputError: the file is missing, is not TOML, or holds unknown or ill-typed settings.
     """
+    return from_dict(read(path), where=path.name)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InputError: the file is missing, or is not TOML.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file {path}", expected="a TOML file", got=str(error)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested without end
         raise InputError(f"config file {path}", expected="valid TOML", got=str(error)) from None
-    return from_dict(values, where=path.name)
+    return values
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

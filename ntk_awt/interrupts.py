@@ -36,25 +36,26 @@ at_end: list[Callable[[], object]] = []
 """What else ends with the command: processes that it started."""
 
 
-def line(word: str, arguments: Sequence[str]) -> str:
+def line(word: str, arguments: Sequence[str], folder: Path | None) -> str:
     """What an interrupted command says.
 
     Args:
         word: what happened.
         arguments: of the command.
+        folder: where it leaves work; None if it leaves none.
 
     Example:
-        >>> line("interrupted", ["verify", "P3"])
+        >>> line("interrupted", ["verify", "P3"], None)
         'interrupted; to start again: ntk-awt verify P3'
     """
     command = shlex.join(["ntk-awt", *arguments])
-    if kept:
-        return f"{word}; finished work is in {kept[-1]}; to resume: {command}"
+    if folder is not None:
+        return f"{word}; finished work is in {folder}; to resume: {command}"
     return f"{word}; to start again: {command}"
 
 
 def _leave(number: int) -> None:
-    text = line(WORDS[signal.Signals(number)], sys.argv[1:])
+    text = line(WORDS[signal.Signals(number)], sys.argv[1:], kept[-1] if kept else None)
     with suppress(OSError):  # a closed stream
         # A progress bar leaves the cursor hidden, at the end of its last line.
         before = "\n\x1b[?25h" if os.isatty(2) else ""
