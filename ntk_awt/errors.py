@@ -41,10 +41,16 @@ def choose(what: str, name: str, known: Iterable[str]) -> None:
         raise InputError(what, expected=f"one of {', '.join(known)}", got=repr(name), fix=fix)
 
 
+LARGEST = 1e30
+"""No larger setting: float32 ends at 3.4e38, and settings are multiplied."""
+
+
 def check_number(
     what: str, value: float, *, low: float, high: float = np.inf, low_open: bool = False
 ) -> None:
     """Raise unless `value` is a finite number in [low, high], or (low, high] with `low_open`."""
+    if LARGEST < value < math.inf:
+        high = min(high, LARGEST)
     inside = low < value <= high if low_open else low <= value <= high
     if not (inside and value < math.inf):
         top = "∞)" if np.isinf(high) else f"{high:g}]"

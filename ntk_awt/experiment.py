@@ -458,6 +458,13 @@ class Run:
         with self.reporter.bar(f"{name}: train", settings.epochs, "epochs") as show:
 
             def on_epoch(record: training.EpochRecord) -> None:
+                if not np.all(np.isfinite(record.loss)):
+                    raise InputError(
+                        f"training of {name}, epoch {record.epoch}",
+                        expected="a finite loss",
+                        got="NaN or infinity",
+                        fix="lower learning_rate, in another --run-dir",
+                    )
                 observed = jax.device_get(record.observations)
                 arrays = {"step": record.steps, **observed._asdict()}
                 files.save_arrays(self.paths.dynamics(name, record.epoch), arrays)

@@ -104,8 +104,8 @@ def load(path: Path, *, quick: bool = False) -> SweepConfig:
         rest = {name: v for name, v in changes.items() if name not in ("densities", "seeds")}
         for name, change in rest.items():
             before = values.get(name)
-            both = isinstance(change, dict) and isinstance(before, dict)
-            values[name] = {**before, **change} if both else change
+            tables = isinstance(change, dict) and isinstance(before, dict)
+            values[name] = dict(before or {}) | change if tables else change
     for name in grid:
         choose(f"setting in {path.name}, sweep", name, ("densities", "seeds"))
     kinds = {"densities": tuple[float, ...], "seeds": tuple[int, ...]}
