@@ -192,6 +192,13 @@ def _size(what: str, wanted: int | None, available: int) -> int:
 
 
 def _check_every_class(name: str, labels: np.ndarray, num_classes: int) -> None:
+    if num_classes < 2:
+        raise InputError(
+            f"data {name}",
+            expected="two classes or more",
+            got=f"{num_classes}",
+            fix="add images of another class",
+        )
     present = set(np.unique(labels).tolist())
     if len(present) < num_classes:
         # Of the labels 0 … len(present), one more than there are, at least one is missing.

@@ -1,6 +1,7 @@
 """Input checks: what was expected, what was got, what to change. Imports nothing of ours."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -40,15 +41,97 @@ def choose(what: str, name: str, known: Iterable[str]) -> None:
         raise InputError(what, expected=f"one of {', '.join(known)}", got=repr(name), fix=fix)
 
 
+LARGEST = 1e30
+"""No larger setting: float32 ends at 3.4e38, and settings are multiplied."""
+
+
 def check_number(
     what: str, value: float, *, low: float, high: float = np.inf, low_open: bool = False
 ) -> None:
     """Raise unless `value` is a finite number in [low, high], or (low, high] with `low_open`."""
+    if LARGEST < value < math.inf:
+        high = min(high, LARGEST)
     inside = low < value <= high if low_open else low <= value <= high
     if not (inside and value < math.inf):
         top = "∞)" if np.isinf(high) else f"{high:g}]"
         interval = f"a number in {'(' if low_open else '['}{low:g}, {top}"
         raise InputError(what, expected=interval, got=f"{value}")
+
+
+NAME = re.compile(r"\w[\w .,+=()-]*")
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise unless `name` can be that of a file in a folder: it leads nowhere else.
+
+    Raises:
+        InputError: a separator of paths, a dot in front, markup, or more than 100 bytes.
+
+    Example:
+        >>> check_name("variant", "awt-10 (l2)")
+        >>> check_name("variant", "../evil")
+        Traceback (most recent call last):
+        ntk_awt.errors.InputError: variant: expected a name of letters, digits and .,+=()-_ with \
+no dot in front, got '../evil'; rename it
+    """
+    if not NAME.fullmatch(name) or len(name.encode(errors="replace")) > 100:
+        short = name if len(name) <= 100 else f"{name[:50]}… of {len(name)} characters"
+        raise InputError(
+            what,
+            expected="a name of letters, digits and .,+=()-_ with no dot in front",
+            got=repr(short),
+            fix="rename it",
+        )
+
+
+_KINDS: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number"}
+
+
+def check_structure(what: str, value: Any, pattern: Any) -> None:
+    """Raise unless plain values, as JSON has them, are built as a pattern says.
+
+    Args:
+        what: the value's name; that of an entry is added to it.
+        value: to check.
+        pattern: a type or a union of types (True is no number); [pattern], a list of such; a tuple
+            of patterns, a list of just these; {key: pattern}, a table with at least these keys,
+            where the key `str` stands for every one.
+
+    Raises:
+        InputError: the first part that is missing or of another kind.
+
+    Example:
+        >>> check_structure("row", {"step": 3, "loss": 0.5}, {"step": int, "loss": float})
+        >>> check_structure("row", {"layers": [{"kept": 1}, {}]}, {"layers": [{"kept": int}]})
+        Traceback (most recent call last):
+        ntk_awt.errors.InputError: row.layers[1]: expected the entry kept, got none
+    """
+
+    def fail(expected: str) -> None:
+        text = repr(value)
+        short = text if len(text) <= 60 else f"{text[:60]}…"
+        raise InputError(what, expected=expected, got=short)
+
+    if isinstance(pattern, dict):
+        if not isinstance(value, dict):
+            return fail("a table")
+        for key, inner in pattern.items():
+            if key is str:
+                for name, entry in value.items():
+                    check_structure(f"{what}.{name}", entry, inner)
+            elif key not in value:
+                raise InputError(what, expected=f"the entry {key}", got="none")
+            else:
+                check_structure(f"{what}.{key}", value[key], inner)
+    elif isinstance(pattern, list | tuple):
+        fixed = isinstance(pattern, tuple)
+        if not isinstance(value, list) or (fixed and len(value) != len(pattern)):
+            return fail(f"a list of {len(pattern)}" if fixed else "a list")
+        for i, entry in enumerate(value):
+            check_structure(f"{what}[{i}]", entry, pattern[i if fixed else 0])
+    elif not isinstance(value, pattern) or (isinstance(value, bool) and pattern is not bool):
+        fail(_KINDS.get(pattern, "a number"))
+    return None
 
 
 def check_count(what: str, value: int, *, low: int) -> None:

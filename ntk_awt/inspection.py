@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ntk_awt import config as configs
-from ntk_awt import kernels, masks, models, plots
+from ntk_awt import files, kernels, masks, models, plots
 from ntk_awt.config import ModelConfig
 from ntk_awt.errors import (
     InputError,
+    check_count,
     check_finite,
     check_images,
     check_labels,
+    check_name,
+    check_structure,
     choose,
 )
 from ntk_awt.experiment import Paths, Reporter, Run, open_run
@@ -38,7 +41,7 @@ from ntk_awt.kernels import Plan
 from ntk_awt.masks import Ticket
 from ntk_awt.methods import ordered
 from ntk_awt.network import check_network, check_params, in_one_line
-from ntk_awt.types import Gain, Images, Mask, Network
+from ntk_awt.types import Gain, Images, Mask, Network, Params
 
 EIGENVECTORS = 6
 """At most that many eigenvectors are drawn."""
@@ -198,14 +201,19 @@ def _from_file(path: Path, reporter: Reporter | None) -> Source:
         settings, shape, classes = (
             json.loads(said[key]) for key in ("model", "input_shape", "num_classes")
         )
-        shape, classes = tuple(map(int, shape)), int(classes)
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"metadata of {path}", expected="JSON", got=str(error)) from None
+    check_structure(f"metadata of {path}: input_shape", shape, [int])
+    shape = tuple(shape)
+    for size in (*shape, classes):
+        check_count(f"metadata of {path}: input_shape and num_classes", size, low=1)
     model = configs.from_dict(settings, ModelConfig, f"metadata of {path}")
     # Any key will do: the parameters are those of the file.
     network = models.build(model, shape, classes, jax.random.key(0))
     ticket = masks.load_ticket(path, network.params)
-    return _sparse(said.get("network", path.stem), "", network, ticket, None, shape)
+    name = said.get("network", path.stem)
+    check_name(f"network in the metadata of {path}", name)
+    return _sparse(name, "", network, ticket, None, shape)
 
 
 def _checkpoint(path: Path) -> tuple[Path, str, str, str] | None:
@@ -222,7 +230,8 @@ def _from_checkpoint(
 ) -> Source:
     run = open_run(root, reporter)
     ticket, updates = run.load_checkpoint(stage, name)
-    newest = max(int(p.name) for p in run.paths.checkpoints(stage, name).glob("[0-9]*"))
+    saved = run.paths.checkpoints(stage, name).iterdir()
+    newest = max(int(p.name) for p in saved if p.name.isdecimal())
     if step and int(step) != newest:
         raise InputError(
             f"checkpoint {step} of {stage}-{name}", expected=f"the newest, {newest}", got=step
@@ -232,15 +241,19 @@ def _from_checkpoint(
 
 @contextmanager
 def _users_code(what: str, expected: str) -> Iterator[None]:
-    """Modules are looked for in the current folder as well; any error becomes one line."""
+    """Modules are looked for in the current folder as well; any error becomes one line.
+
+    So does `sys.exit`. What the code prints goes to the error stream: the other one has results.
+    """
     here = str(Path.cwd())
     sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
-        yield
-    except InputError:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (InputError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise InputError(what, expected=expected, got=in_one_line(error, here)) from error
     finally:
         sys.path.remove(here)
@@ -270,7 +283,12 @@ def _from_code(source: str) -> Source:
         )
     apply, params = parts
     check_params(params, source)
-    return Source(source, "", Network(apply, params), None, None, None, None)
+
+    def traced(params: Params, x: Images) -> Any:
+        with _users_code(f"source {source}", "code that JAX can trace on these images"):
+            return apply(params, x)
+
+    return Source(source, "", Network(traced, params), None, None, None, None)
 
 
 # ---------------------------------------------------------------- images
@@ -335,7 +353,7 @@ def load_images(path: Path) -> tuple[Any, np.ndarray | None]:
     what = f"images {path}"
     try:
         with path.open("rb") as file:
-            loaded = np.load(file)
+            loaded = np.load(file, allow_pickle=False)
             found = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except Exception as error:  # a bad file raises one of many kinds
         raise InputError(what, expected="a .npy or .npz file", got=str(error)) from None
@@ -477,8 +495,7 @@ def save(result: Result, file: Path) -> None:
     arrays = {"kernel": kernel, "x1": inputs.x1, "x2": inputs.x2, "labels": inputs.labels}
     names = {"network": source.name, "state": source.state, "inputs": inputs.name}
     arrays |= names | {"outputs": str(plan.outputs)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    files.save_arrays(file, {name: array for name, array in arrays.items() if array is not None})
 
 
 def record(result: Result, metrics: list[Metric]) -> dict[str, Any]:

@@ -532,9 +532,10 @@ def load_metadata(path: Path) -> dict[str, str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a bad file raises one of many kinds
+        text = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"ticket {path}", expected="a safetensors file", got=str(error).strip() or "none"
+            f"ticket {path}", expected="a safetensors file", got=text or type(error).__name__
         ) from None
 
 
@@ -574,6 +575,12 @@ def load_ticket(path: Path, like: Params) -> Ticket:
         return structure.unflatten([jnp.asarray(found[n]) for n in names])
 
     ticket = Ticket(part("params"), part("mask"), part("gain", scalars=True))
+    for kind in ("params", "gain"):
+        for name, w in zip(names, jax.tree.leaves(getattr(ticket, kind)), strict=True):
+            if not jnp.issubdtype(w.dtype, jnp.floating):
+                raise InputError(
+                    f"ticket {path}: {kind} {name}", expected="floats", got=f"dtype {w.dtype}"
+                )
     check_finite(f"ticket {path}: params", ticket.params)
     check_finite(f"ticket {path}: gain", ticket.gain)
     for name, m in zip(names, jax.tree.leaves(ticket.mask), strict=True):

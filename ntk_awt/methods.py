@@ -13,7 +13,7 @@ from ntk_awt import config as configs
 from ntk_awt import masks, tickets, training
 from ntk_awt.attacks import Attack
 from ntk_awt.config import MaskConfig, RunConfig, TicketConfig, TrainConfig, VariantConfig
-from ntk_awt.errors import InputError, choose
+from ntk_awt.errors import InputError, check_name, choose
 from ntk_awt.masks import Prunable, Scores, Ticket
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.scores import straight_through
@@ -209,6 +209,7 @@ def ordered(networks: tuple[str, ...]) -> list[str]:
 def check(config: RunConfig) -> None:
     """Raise unless every network of a run, and what its settings name, is known."""
     for name in config.variants:
+        check_name("variant", name)
         if name in _built_in() or is_file(name):
             raise InputError("variant", expected="a name of its own", got=name, fix="rename it")
     for name in (*config.networks, *config.variants):
@@ -221,5 +222,7 @@ def check(config: RunConfig) -> None:
                 "network file", expected="a name of its own", got=name, fix="rename it"
             )
     labels = [network_label(name) for name in config.networks]
+    for label in labels:
+        check_name("network file", label)
     if len(set(labels)) != len(labels):
         raise InputError("network files", expected="different file names", got=", ".join(labels))

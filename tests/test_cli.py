@@ -478,7 +478,10 @@ def test_checkpoint_of_a_search(ticket_dir):
         (["my_network:build", "--images", "torn.npy"], "images torn.npy: expected a .npy or .npz"),
         (["my_network:build", "--images", "nameless.npz"], "expected an array x in it, got z"),
         (["my_network:build", "--images", "bytes.npy"], "convert first"),
-        (["my_network:build", "--images", "wide.npy"], "network of my_network:build: expected a f"),
+        (
+            ["my_network:build", "--images", "wide.npy"],
+            "expected code that JAX can trace on these images, got",
+        ),
         (["my_network:build", "--images", "labels.npz"], "labels: expected labels in 0…2"),
         (["my_network:build", "--images2", "more.npy"], "--images2: expected --images with it"),
         (["my_network:build", "--network", "dense"], "--network: expected none"),
@@ -519,7 +522,7 @@ def test_bad_sources_are_one_line_and_leave_nothing(mine, arguments, message, ca
         (None, "expected the model that it belongs to, got no model; put it back"),
         ({"model": "{}", "input_shape": "[8, 8, 1]"}, "got no num_classes"),
         ({"model": "{", "input_shape": "[8]", "num_classes": "3"}, "expected JSON"),
-        ({"model": "{}", "input_shape": "8", "num_classes": "3"}, "expected JSON"),
+        ({"model": "{}", "input_shape": "8", "num_classes": "3"}, "input_shape: expected a list"),
         (
             {"model": '{"nam": "mlp"}', "input_shape": "[8]", "num_classes": "3"},
             "did you mean 'name'",
