@@ -26,6 +26,7 @@ from ntk_awt.errors import (
     choose,
     leaf_name,
 )
+from ntk_awt.precision import wide, widened
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params
 
 Scores: TypeAlias = Any
@@ -59,7 +60,12 @@ def is_prunable(leaf: Any) -> bool:
 
 def effective(params: Params, mask: Mask, gain: Gain) -> Params:
     """The weights that the masked network uses, γ⊙m⊙θ, leaf by leaf."""
-    return jax.tree.map(lambda w, m, g: w * (m * g).astype(w.dtype), params, mask, gain)
+
+    def scale(w: Any, m: Any, g: Any) -> jax.Array:
+        dtype = jnp.result_type(w)
+        return jnp.asarray(w) * (jnp.asarray(m).astype(dtype) * jnp.asarray(g).astype(dtype))
+
+    return jax.tree.map(scale, params, mask, gain)
 
 
 def masked(apply: ApplyFn, mask: Mask, gain: Gain) -> ApplyFn:
@@ -217,7 +223,7 @@ def _highest(scores: jax.Array, count: Any) -> jax.Array:
     of a negative one with all bits but the sign flipped; so the lowest kept score is found bit by
     bit, in as many passes as it has bits, where sorting takes some ten times as long.
     """
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(wide(scores.dtype))
     kind = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
     bits = jnp.iinfo(kind).bits
     ordered = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), kind)
@@ -283,7 +289,8 @@ def dense(params: Params) -> Ticket:
 
 def sparse(params: Params, mask: Mask, gain: str) -> Ticket:
     """The ticket of a mask: pruned weights at zero, the gain of that name in `GAINS`."""
-    return Ticket(jax.tree.map(lambda w, m: w * m, params, mask), mask, GAINS[gain](params, mask))
+    kept = jax.tree.map(lambda w, m: w * jnp.asarray(m).astype(w.dtype), params, mask)
+    return Ticket(kept, mask, GAINS[gain](params, mask))
 
 
 # ---------------------------------------------------------------- gains
@@ -304,6 +311,8 @@ def _is_zero(norm: jax.Array) -> bool:
 def energy_gain(params: Params, mask: Mask) -> Gain:
     """Energy-preserving gain γ_l = ‖w_l‖ / ‖m_l⊙w_l‖ of prunable leaves, 1 elsewhere (theory §0).
 
+    The norms are summed in float32 at least, and γ has the dtype of the weights.
+
     For a random mask of density p it is about 1/√p; for a magnitude mask it is not.
 
     Args:
@@ -320,7 +329,8 @@ def energy_gain(params: Params, mask: Mask) -> Gain:
     def gain(path: Any, w: jax.Array, m: jax.Array) -> jax.Array:
         if not is_prunable(w):
             return jnp.ones((), w.dtype)
-        kept = jnp.linalg.norm(jnp.ravel(w * m))
+        values = widened(jnp.ravel(w))
+        kept = jnp.linalg.norm(values * jnp.ravel(m).astype(values.dtype))
         if _is_zero(kept):
             raise InputError(
                 f"mask {leaf_name(path)}",
@@ -328,7 +338,7 @@ def energy_gain(params: Params, mask: Mask) -> Gain:
                 got="none",
                 fix="raise the density, or use another allocation",
             )
-        return (jnp.linalg.norm(jnp.ravel(w)) / kept).astype(w.dtype)
+        return (jnp.linalg.norm(values) / kept).astype(w.dtype)
 
     return jax.tree_util.tree_map_with_path(gain, params, mask)
 
@@ -377,8 +387,8 @@ def statistics(mask: Mask, gain: Gain) -> list[LayerStatistics]:
             leaf_name(path),
             m.shape,
             m.size,
-            int(m.sum()),
-            float(m.mean()),
+            int(np.count_nonzero(m)),
+            np.count_nonzero(m) / m.size,
             float(g),
             int((~m.any(axis=(*axes[:-2], axes[-1]))).sum()),
             int((~m.any(axis=axes[:-1])).sum()),
@@ -392,7 +402,7 @@ def statistics(mask: Mask, gain: Gain) -> list[LayerStatistics]:
 def density(mask: Mask) -> float:
     """Kept share of all prunable entries; 1 if there are none."""
     leaves = [np.ravel(m) for m in jax.tree.leaves(mask) if is_prunable(m)]
-    return float(np.concatenate(leaves).mean()) if leaves else 1.0
+    return float(np.concatenate(leaves).mean(dtype=np.float64)) if leaves else 1.0
 
 
 # ---------------------------------------------------------------- files

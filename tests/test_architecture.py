@@ -15,7 +15,7 @@ import pytest
 import ntk_awt
 
 ROOT = Path(ntk_awt.__file__).parents[1]
-BASE = {"errors", "types", "config", "files", "_version"}
+BASE = {"errors", "types", "config", "files", "precision", "_version"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "ntk_awt": {"_version"},
@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "files": set(),
+    "precision": set(),
     "config": {"errors", "types"},
     "checkpoints": {"errors"},
     "plots": {"errors"},

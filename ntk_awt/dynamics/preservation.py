@@ -412,7 +412,7 @@ def prior_bound(
     reach = np.minimum(
         moments * (1 if step is None else step), n / smallest if smallest else np.inf
     )
-    alpha = kernel_distance(jnp.asarray(dense.kernel), jnp.asarray(sparse.kernel))
+    alpha = kernel_distance(jnp.asarray(dense.kernel), jnp.asarray(sparse.kernel), classes=1)
     beta = target_distance(jnp.asarray(dense.outputs), jnp.asarray(sparse.outputs))
     residual = target_distance(jnp.asarray(dense.outputs), jnp.asarray(targets))
     return (float(beta) + reach * float(alpha * residual)).astype(values[0].dtype)

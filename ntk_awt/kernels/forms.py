@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_awt.kernels.varying import along
+
 FORMS = ("gram", "packed", "soft", "jacobian", "kept")
 EXPLICIT = ("jacobian", "kept")
 """Forms that need of an image its Jacobian; its inputs and cotangents may be forgotten."""
@@ -262,7 +264,7 @@ def _chunked(share: Share, left: Side, right: Side, cuts: Cuts, outputs: str) ->
 
     parts = (split(d1), split(d2), None if metric is None else split(metric))
     shapes = jax.eval_shape(part, jax.tree.map(lambda p: p[0], parts))
-    zeros = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    zeros = along([jnp.zeros(shape.shape, shape.dtype) for shape in shapes], d1)
     return jax.lax.scan(add, zeros, parts)[0]
 
 

@@ -27,6 +27,7 @@ from ntk_awt.errors import (
 from ntk_awt.kernels import program
 from ntk_awt.kernels.engines import ENGINES
 from ntk_awt.kernels.forms import EXPLICIT, FORMS, Cuts, row_counts
+from ntk_awt.precision import common_dtype, widened
 from ntk_awt.types import ApplyFn, Images, Mask, Network, Params
 
 OUTPUTS = ("full", "diagonal", "trace")
@@ -278,6 +279,7 @@ def make(
     check_number("memory", memory, low=1)
     if batch is not None:
         check_count("batch", batch, low=1)
+    params, x1, x2 = widened((params, x1, x2))
     symmetric = x2 is None
     n1, n2 = x1.shape[0], x1.shape[0] if x2 is None else x2.shape[0]
     check_count("number of images x1", n1, low=1)
@@ -290,7 +292,7 @@ def make(
     outputs = outputs if isinstance(outputs, str) else int(outputs)
     q = 1 if isinstance(outputs, int) else classes
     shape = (n1, n2, *{"full": (q, q), "diagonal": (q,)}.get(str(outputs), ()))
-    itemsize = jnp.result_type(*jax.tree.leaves(params)).itemsize
+    itemsize = common_dtype(*jax.tree.leaves(params)).itemsize
     s = _Sizes(n1, n2, q, outputs, symmetric)
 
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]

@@ -308,23 +308,27 @@ def _feature_axes(step: Step, operand: int, rank: int) -> tuple[int, ...]:
     return tuple(range(rank - free, rank)) if operand == 1 else tuple(range(free))
 
 
+def _kind(array: Any) -> Any:
+    """Shape and dtype, and inside `jax.shard_map` the mesh axes along which it varies."""
+    return array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+
+
 _CACHE: WeakKeyDictionary[Any, dict[Any, Program]] = WeakKeyDictionary()
 
 
 def trace(apply: ApplyFn, params: Params, x: Any) -> Program:
     """Trace a network at one image of the shape of those in x [n, *shape], and find its sites."""
     leaves, structure = jax.tree.flatten(params)
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(w), jnp.result_type(w)) for w in leaves]
-    image = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    dtypes = ((s.shape, s.dtype) for s in (*shapes, image))
-    key = (jax.config.jax_enable_x64, structure, *dtypes)  # type: ignore[attr-defined]
+    image = jax.eval_shape(lambda x: x[:1], x)
+    key = (jax.config.jax_enable_x64, structure, image, *map(_kind, leaves))  # type: ignore[attr-defined]
     try:
         cached = _CACHE.setdefault(apply, {})
     except TypeError:  # a callable without hash or weak reference
         cached = {}
     if key not in cached:
+        shapes = jax.eval_shape(lambda w: w, params)
         with jax.default_matmul_precision("highest"):  # see `empirical`
-            closed = jax.make_jaxpr(apply)(structure.unflatten(shapes), image)
+            closed = jax.make_jaxpr(apply)(shapes, image)
         flat = _Flattener()
         inputs = [flat.new(variable.aval) for variable in closed.jaxpr.invars]
         (output,) = flat.run(closed.jaxpr, closed.consts, inputs)
