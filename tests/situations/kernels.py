@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ntk_awt import kernels, masks
-from ntk_awt.kernels import probes, sharded
+from ntk_awt.config import ModelConfig
+from ntk_awt.kernels import analytic, probes
 from tests.situations import Outcome, near, refused, situation
 
 HALF = 2.0**-11
@@ -128,18 +128,49 @@ def _unsaid() -> Outcome:
     return refused(lambda: kernels.kernel_distance(jnp.ones((2, 2)), jnp.eye(2)), "classes")
 
 
+# ---------------------------------------------------------------- infinite width
+
+
+def _deep(activation: str) -> tuple[Callable[..., Any], jax.Array]:
+    """16 layers with σ_w = 16 and images whose largest kernel value is about 1e37."""
+    images = jnp.asarray(5 * _normal(0, 6, 4), jnp.float32)
+    settings: Any = {"widths": (8,) * 15, "weight_std": 16.0, "activation": activation}
+    return _analytic(**settings), images
+
+
+@situation("kernels: analytic ReLU near the largest float32")
+def _large() -> Outcome:
+    kernel_fn, images = _deep("relu")
+    with jax.enable_x64(True):
+        right = np.asarray(kernel_fn(jnp.asarray(_double(images))).ntk)
+    # Each of 16 layers takes √(q² − k²) of two rounded numbers: some 16·√(2·2⁻²⁴) near q = k.
+    return near(kernel_fn(images).ntk, right, relative=16 * 2.0**-11.5)
+
+
+for _activation in ("erf", "gelu"):
+
+    @situation(f"kernels: analytic {_activation} beyond float32")
+    def _beyond(activation: str = _activation) -> Outcome:
+        kernel_fn, images = _deep(activation)
+        return refused(lambda: kernel_fn(images).ntk, "analytic kernel", "float64")
+
+
 # ---------------------------------------------------------------- no images
 
 
+def _analytic(**settings: Any) -> Callable[..., Any]:
+    config = ModelConfig(**{"parametrization": "ntk", "widths": (8, 8), **settings})
+    return analytic.network(config, (4,), 1).kernel_fn
+
+
 _EMPTY: dict[str, Callable[[jax.Array], Any]] = {
-    "kernel": lambda x: kernels.empirical(jnp.matmul, jnp.ones((4, 2)), x),
-    "columns": lambda x: kernels.empirical(jnp.matmul, jnp.ones((4, 2)), jnp.ones((1, 4)), x),
-    "kernel over devices": lambda x: sharded.empirical(
-        jnp.matmul, jnp.ones((4, 2)), x, mesh=Mesh(jax.devices()[:1], ("rows",))
-    ),
     "product": lambda x: probes.kernel_product(jnp.matmul, jnp.ones((4, 2)), x),
     "distance": lambda x: kernels.kernel_distance(x[:, :0, None], x[:, :0, None]),
     "spectrum": lambda x: kernels.spectrum(x[:, :0]),
+    "analytic": lambda x: _analytic()(x),
+    "mixture": lambda x: analytic.mixture(
+        ModelConfig(parametrization="ntk"), (4,), density=0.5, samples=16
+    )(jax.random.key(0), x),
 }
 for _name, _compute in _EMPTY.items():
 
