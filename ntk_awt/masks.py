@@ -231,7 +231,7 @@ def _highest(scores: jax.Array, count: Any) -> jax.Array:
     count = jnp.asarray(count, jnp.int32)
 
     def step(i: jax.Array, lowest: jax.Array) -> jax.Array:
-        higher = lowest + (jnp.ones((), kind) << (bits - 2 - i).astype(kind))
+        higher = lowest + (jnp.ones((), kind) << jnp.asarray(bits - 2 - i).astype(kind))
         return jnp.where(jnp.sum(ordered >= higher, dtype=jnp.int32) >= count, higher, lowest)
 
     positive = jnp.sum(ordered >= 0, dtype=jnp.int32) >= count

@@ -145,7 +145,7 @@ def layerwise(
         if rest:
             factors = _leaves(factor, len(leaves))
             scaled = [
-                j if factors[i] is None else j * factors[i].reshape(-1)
+                j if factors[i] is None else j * factors[i].reshape(1, 1, -1)
                 for i, j in zip(traced.others, jacobians, strict=True)
             ]
             sides.append(Side((jnp.concatenate(scaled, axis=2),), (0,)))

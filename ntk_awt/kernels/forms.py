@@ -235,7 +235,7 @@ def _soft_rows(share: Share, left: Side, right: Side, outputs: str) -> Row:
 
     def row(image: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, d = image
-        grams = jnp.einsum("mi,ij->jm", a * a2, share.metric)
+        grams = jnp.einsum("mi,ij->jm", a[None] * a2, share.metric)
         return _weighted_row(grams, d, of_units, outputs)
 
     return left.arrays, row
@@ -255,7 +255,7 @@ def _chunked(share: Share, left: Side, right: Side, cuts: Cuts, outputs: str) ->
         e1, e2, m = parts
         j2 = jnp.einsum("nqtj,nti->nqji", e2, a2)
         j1 = j2 if right is left else jnp.einsum("nqtj,nti->nqji", e1, a1)
-        j1 = j1 if m is None else j1 * m.T
+        j1 = j1 if m is None else j1 * m.T[None, None]
         j1, j2 = (j.reshape(*j.shape[:2], -1) for j in (j1, j2))
         return [pair_jacobians(j1[start:stop], j2[first:], outputs) for start, stop, first in cuts]
 
@@ -272,9 +272,9 @@ def _kept(share: Share, left: Side, right: Side, outputs: str) -> jax.Array:
     """The forms `jacobian` and `kept`, with all units at once."""
     (j1,), (j2,) = left.arrays, right.arrays
     if share.form == "kept":
-        j1 = j1 * _row_weights(share).reshape(-1)
+        j1 = j1 * _row_weights(share).reshape(1, 1, -1)
     elif share.metric is not None:
-        j1 = j1 * share.metric.T.reshape(-1)
+        j1 = j1 * share.metric.T.reshape(1, 1, -1)
     return pair_jacobians(j1, j2, outputs)
 
 

@@ -424,9 +424,9 @@ def specialisation(
     centred = centre(blocks)
     products = jnp.einsum("id,ija,jd->da", targets, centred, targets, precision=_PRECISION)
     # Centring leaves the rounding of a constant, not 0; ‖ȳ_d‖² is common to row d and cancels.
-    defined = jnp.ptp(targets, axis=0)[:, None] * jnp.ptp(blocks, axis=(0, 1)) > 0
+    defined = jnp.ptp(targets, axis=0)[:, None] * jnp.ptp(blocks, axis=(0, 1))[None] > 0
     norms = jnp.sqrt(jnp.sum(jnp.square(centred), axis=(0, 1)))
-    shares = jnp.where(defined, products / norms, jnp.nan)
+    shares = jnp.where(defined, products / norms[None], jnp.nan)
     return shares / jnp.sum(shares, axis=1, keepdims=True)
 
 

@@ -409,7 +409,7 @@ def _of_gram(function: Callable[[jax.Array], jax.Array], gram: _Gram) -> Estimat
     mean = gram.exact + jnp.mean(jnp.diagonal(gram.pairs, axis1=2, axis2=3), axis=-1)
     fixed = jax.lax.stop_gradient(mean)
     slope = jax.grad(function)(fixed)
-    products = jnp.sqrt(jnp.diagonal(fixed))[:, None] * gram.sizes
+    products = jnp.sqrt(jnp.diagonal(fixed))[:, None] * gram.sizes[None]
     rounding = _ROUNDING * jnp.finfo(mean.dtype).eps * (products + products.T)
     return _estimate(
         function(mean),
