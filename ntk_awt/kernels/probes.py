@@ -200,6 +200,7 @@ def kernel_product(
 
 def _pull(network: ApplyFn, params: Params, x: Images, v: jax.Array, batch: int | None) -> Params:
     """J(x)ᵀv, summed over blocks of images."""
+    v = along(v, (params, x))
 
     @jax.checkpoint  # else a gradient would keep what every block needs backwards
     def block(images: Images, cotangents: jax.Array) -> Params:
@@ -754,7 +755,9 @@ def top_eigenvalues(product: Product, k: int, key: Key, *, iterations: int = 4) 
 
     draw_key, start_key, last_key, *step_keys = jax.random.split(key, 3 + iterations)
     start = jax.random.normal(draw_key, (width, size), product.dtype)
-    basis = jnp.zeros((iterations * width, size), product.dtype)
+    # As the products will, inside `jax.shard_map`; the values of this one are not used.
+    start = along(start, image(start[:1]))
+    basis = along(jnp.zeros((iterations * width, size), product.dtype), start)
     basis = _extend(basis, 0, start, start_key)
     inputs = (width * jnp.arange(iterations), jnp.stack(step_keys))
     basis, found = jax.lax.scan(step, basis, inputs)

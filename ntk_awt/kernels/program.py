@@ -17,13 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_awt.kernels.varying import along
 from ntk_awt.types import ApplyFn, Params
 
 
 class Constant(NamedTuple):
-    """A literal operand of a step."""
+    """A literal operand of a step.
+
+    Attributes:
+        value: a number or an array.
+        varies: whether it has to vary as the other operands do, inside `jax.shard_map`.
+    """
 
     value: Any
+    varies: bool = False
 
 
 class Step(NamedTuple):
@@ -103,6 +110,10 @@ class Program:
 _CALLS = ("jit", "closed_call", "remat2")  # remat2: jax.checkpoint
 
 
+_VARY = ("pvary", "pcast")
+"""What JAX calls the steps that let an operand vary along mesh axes."""
+
+
 def _body(eqn: Any) -> Any:
     """The jaxpr of a call whose steps are written out in place, or None.
 
@@ -149,7 +160,10 @@ class _Flattener:
         for eqn in jaxpr.eqns:
             operands = tuple(map(read, eqn.invars))
             body = _body(eqn)
-            if body is not None:
+            if eqn.primitive.name in _VARY and isinstance(operands[0], Constant):
+                value = np.asarray(operands[0].value, eqn.invars[0].aval.dtype)
+                outputs = [Constant(value, True)]
+            elif body is not None:
                 inner = getattr(body, "jaxpr", body)  # closed, or open without constants
                 outputs = self.run(inner, getattr(body, "consts", ()), operands)
             else:
@@ -174,7 +188,7 @@ def _is_view_step(step: Step, views: dict[int, View]) -> bool:
     seen = [i for i in inputs if isinstance(i, int) and i in views]
     if len(seen) != 1:
         return False
-    if name in _STRUCTURAL:
+    if name in (*_STRUCTURAL, *_VARY):
         return len(inputs) == 1
     if name == "mul":
         return any(map(_number, inputs))
@@ -182,7 +196,12 @@ def _is_view_step(step: Step, views: dict[int, View]) -> bool:
 
 
 def evaluate(step: Step, values: Sequence[Any]) -> list[Any]:
-    """The outputs of one step."""
+    """The outputs of one step, of values that a literal operand takes the place of."""
+    others = [v for v, i in zip(values, step.inputs, strict=True) if not isinstance(i, Constant)]
+    values = [
+        v if not isinstance(i, Constant) else along(i.value, others) if i.varies else i.value
+        for v, i in zip(values, step.inputs, strict=True)
+    ]
     primitive = step.eqn.primitive
     found = primitive.bind(*values, **primitive.get_bind_params(step.eqn.params))
     return list(found) if primitive.multiple_results else [found]
@@ -192,8 +211,7 @@ def apply_view(view: View, leaf: Any) -> Any:
     """The value that a view makes of its leaf: linear, one leaf entry for each entry."""
     value = leaf
     for step in view.steps:
-        inputs = [i.value if isinstance(i, Constant) else value for i in step.inputs]
-        (value,) = evaluate(step, inputs)
+        (value,) = evaluate(step, [value] * len(step.inputs))
     return value
 
 
@@ -227,7 +245,8 @@ class _Analysis:
             if _is_view_step(step, self.views):
                 (source,) = (v for v in values if v in self.views)
                 leaf, steps = self.views[source]
-                self.views[step.outputs[0]] = View(leaf, (*steps, step))
+                told = step.eqn.primitive.name in _VARY  # nothing is done, and weights vary already
+                self.views[step.outputs[0]] = View(leaf, steps if told else (*steps, step))
             else:
                 self.ends.update(self.views[v].leaf for v in values if v in self.views)
         if output in self.views:
@@ -374,7 +393,7 @@ def run(
     added = {site.tap: tap for site, tap in zip(program.sites, taps, strict=True)}
     by_offsets = {site.step for site in program.sites} if jax.default_backend() == "cpu" else set()
     for position, step in enumerate(program.steps):
-        inputs = [i.value if isinstance(i, Constant) else values[i] for i in step.inputs]
+        inputs = [None if isinstance(i, Constant) else values[i] for i in step.inputs]
         if position in by_offsets and step.eqn.primitive.name == "conv_general_dilated":
             found = [_convolve(step, *inputs)]
         else:
@@ -491,7 +510,8 @@ def _convolve(step: Step, data: Any, kernel: Any) -> jax.Array:
         return total, None
 
     terms = (jnp.arange(windows.shape[0]), kernel)
-    found = jax.lax.scan(add, jnp.zeros(shape, dtype), terms)[0].astype(out.dtype)
+    zeros = along(jnp.zeros(shape, dtype), (data, kernel))
+    found = jax.lax.scan(add, zeros, terms)[0].astype(out.dtype)
     batch, channel, *spatial = numbers.out_spec
     return found.transpose(np.argsort([batch, *spatial, channel]))
 

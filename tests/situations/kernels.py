@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from ntk_awt import kernels, masks
 from ntk_awt.config import ModelConfig
@@ -177,3 +178,25 @@ for _name, _compute in _EMPTY.items():
     @situation(f"kernels: no image, {_name}")
     def _none(compute: Any = _compute) -> Outcome:
         return refused(lambda: compute(jnp.zeros((0, 4))), "image")
+
+
+# ---------------------------------------------------------------- several devices
+
+
+for _name, _settings in {
+    "tiles": {"batch": 1, "engine": "layerwise"},
+    "contraction": {"engine": "contraction"},
+    "products": {"engine": "products"},
+}.items():
+
+    @situation(f"kernels: inside shard_map, {_name}")
+    def _inside(settings: Any = _settings) -> Outcome:
+        params, x = _half(jnp.float32)
+        rows, same = PartitionSpec("rows"), PartitionSpec()
+        mapped = jax.shard_map(
+            lambda w, x: kernels.empirical(_network, w, x, **settings),
+            mesh=Mesh(jax.devices()[:1], ("rows",)),
+            in_specs=(same, rows),
+            out_specs=rows,
+        )
+        return near(jax.jit(mapped)(params, x), _brute(params, x), relative=1e-5)
