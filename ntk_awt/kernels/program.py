@@ -42,7 +42,9 @@ class Step(NamedTuple):
 
 
 class View(NamedTuple):
-    """A value that is a leaf times a number, reshaped, transposed or broadcast.
+    """A value that is a leaf times a number, reshaped, transposed, broadcast or rounded.
+
+    Casts between floating types are left out of the steps: rounding has the derivative 1.
 
     Attributes:
         leaf: position of the leaf.
@@ -182,6 +184,12 @@ def _number(value: Any) -> bool:
     return isinstance(value, Constant) and np.size(value.value) == 1
 
 
+def _is_cast(step: Step) -> bool:
+    """Whether the step goes from one floating type to another."""
+    (before,), (after,) = step.eqn.invars, step.eqn.outvars
+    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (before, after))
+
+
 def _is_view_step(step: Step, views: dict[int, View]) -> bool:
     """Whether the step only rescales, reshapes or broadcasts a view of one leaf."""
     name, inputs = step.eqn.primitive.name, step.inputs
@@ -190,16 +198,29 @@ def _is_view_step(step: Step, views: dict[int, View]) -> bool:
         return False
     if name in (*_STRUCTURAL, *_VARY):
         return len(inputs) == 1
+    if name == "convert_element_type":
+        return _is_cast(step)
     if name == "mul":
         return any(map(_number, inputs))
     return name == "div" and _number(inputs[1])
 
 
-def evaluate(step: Step, values: Sequence[Any]) -> list[Any]:
-    """The outputs of one step, of values that a literal operand takes the place of."""
+def evaluate(step: Step, values: Sequence[Any], dtype: Any = None) -> list[Any]:
+    """The outputs of one step.
+
+    Args:
+        step: what to evaluate.
+        values: of its operands; where one is a literal, that takes their place.
+        dtype: of the literals, where it is not that of the program.
+    """
     others = [v for v, i in zip(values, step.inputs, strict=True) if not isinstance(i, Constant)]
+
+    def literal(constant: Constant) -> Any:
+        value = constant.value if dtype is None else np.asarray(constant.value, dtype)
+        return along(value, others) if constant.varies else value
+
     values = [
-        v if not isinstance(i, Constant) else along(i.value, others) if i.varies else i.value
+        literal(i) if isinstance(i, Constant) else v
         for v, i in zip(values, step.inputs, strict=True)
     ]
     primitive = step.eqn.primitive
@@ -211,7 +232,7 @@ def apply_view(view: View, leaf: Any) -> Any:
     """The value that a view makes of its leaf: linear, one leaf entry for each entry."""
     value = leaf
     for step in view.steps:
-        (value,) = evaluate(step, [value] * len(step.inputs))
+        (value,) = evaluate(step, [value] * len(step.inputs), dtype=value.dtype)
     return value
 
 
@@ -245,8 +266,9 @@ class _Analysis:
             if _is_view_step(step, self.views):
                 (source,) = (v for v in values if v in self.views)
                 leaf, steps = self.views[source]
-                told = step.eqn.primitive.name in _VARY  # nothing is done, and weights vary already
-                self.views[step.outputs[0]] = View(leaf, steps if told else (*steps, step))
+                # Weights vary already, and rounded numbers have no place in a Jacobian.
+                left_out = step.eqn.primitive.name in (*_VARY, "convert_element_type")
+                self.views[step.outputs[0]] = View(leaf, steps if left_out else (*steps, step))
             else:
                 self.ends.update(self.views[v].leaf for v in values if v in self.views)
         if output in self.views:
@@ -285,7 +307,9 @@ class _Analysis:
             user = self.flat.steps[users[0]]
             name, inputs = user.eqn.primitive.name, user.inputs
             other = inputs[1 - inputs.index(tap)] if len(inputs) == 2 else None
-            if name == "mul" and _number(other):
+            if name == "convert_element_type" and _is_cast(user):
+                pass
+            elif name == "mul" and _number(other):
                 scale *= float(other.value)  # type: ignore[union-attr]
             elif name in ("add", "add_any") and isinstance(other, int) and other in self.views:
                 bias_scale = self._bias_scale(self.views[other], user.outputs[0], features)

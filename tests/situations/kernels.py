@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ntk_awt import kernels, masks
 from ntk_awt.config import ModelConfig
 from ntk_awt.kernels import analytic, probes
-from tests.situations import Outcome, near, refused, situation
+from tests.situations import Outcome, near, refused, same, situation
 
 HALF = 2.0**-11
 """Relative rounding of float16."""
@@ -200,3 +200,16 @@ for _name, _settings in {
             out_specs=rows,
         )
         return near(jax.jit(mapped)(params, x), _brute(params, x), relative=1e-5)
+
+
+# ---------------------------------------------------------------- weights seen through
+
+
+@situation("kernels: weights cast to bfloat16 inside the network")
+def _cast() -> Outcome:
+    def apply(params: Any, x: Any) -> jax.Array:
+        half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, x))
+        return _network(*half).astype(jnp.float32)
+
+    found = kernels.plan(apply, *_half(jnp.float32))
+    return same((found.engine, found.others), ("layerwise", ()))
