@@ -69,3 +69,90 @@ def test_a_cast_to_integers_is_not_seen_through():
 
     assert program.trace(apply, normal(0, 3, 2), normal(1, 1, 3)).sites == ()
     assert not kernels.empirical(apply, normal(0, 3, 2), normal(1, 2, 3)).any()
+
+
+# ---------------------------------------------------------------- rows that are looked up
+
+
+def table_params(rows: int = 7) -> Any:
+    return {"table": normal(0, rows, 4), "place": normal(1, 5, 4), "last": normal(2, 4, 3)}
+
+
+def sentences(params: Any, ids: jax.Array) -> jax.Array:
+    """Rows with a number for each place added; negative ids count from the end."""
+    return jnp.tanh(2 * params["table"][ids] + params["place"]).mean(1) @ params["last"]
+
+
+def filled(params: Any, ids: jax.Array) -> jax.Array:
+    """As Flax does it; where there is no such row, its values are missing, and counted as 1."""
+    rows = jnp.take(params["table"].astype(HALF).astype(jnp.float32), ids, axis=0)
+    return (
+        jnp.tanh(jnp.where(jnp.isnan(rows), 1.0, rows) + params["place"]).mean(1) @ params["last"]
+    )
+
+
+def clipped(params: Any, ids: jax.Array) -> jax.Array:
+    rows = jnp.take(params["table"], ids, axis=0, mode="clip")
+    return jnp.tanh(rows + params["place"]).mean(1) @ params["last"]
+
+
+def ids(*shape: int, low: int = 0, high: int = 7) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(5).integers(low, high, shape), jnp.int32)
+
+
+LOOKUPS: dict[str, tuple[Any, int, int]] = {
+    "sentences": (sentences, -7, 7),
+    "filled": (filled, 0, 11),
+    "clipped": (clipped, -3, 11),
+}
+
+
+@pytest.mark.parametrize("sparse", ["", "boolean", "real"])
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_looked_up_rows(name: str, sparse: str):
+    apply, low, high = LOOKUPS[name]
+    params, x1, x2 = table_params(), ids(4, 5, low=low, high=high), ids(3, 5, low=low, high=high)
+    noise = jax.tree.map(lambda w: normal(w.size, *w.shape), params)
+    mask = {"": None, "boolean": jax.tree.map(lambda z: z > -0.5, noise), "real": noise}[sparse]
+    wanted = kernels.empirical(apply, params, x1, x2, mask=mask, engine="contraction")
+    # The other engine rounds entries of the table's Jacobian to the type that it is cast to.
+    limit = 2 * ROUNDING if name == "filled" else 1e-5
+    for form in ("lookup", "jacobian"):
+        for memory in (2**30, 400):  # the second in chunks of units
+            plan = kernels.plan(
+                apply, params, x1, x2, mask=mask, forms={"table": form}, memory=memory
+            )
+            assert next(iter(plan.layers)).form == form
+            found = kernels.empirical(apply, params, x1, x2, mask=mask, plan=plan)
+            assert jnp.abs(found - wanted).max() <= limit * jnp.abs(wanted).max()
+            assert jnp.abs(found - 0.9 * wanted).max() > limit * jnp.abs(wanted).max()
+
+
+@pytest.mark.parametrize("outputs", ["diagonal", "trace", 1])
+def test_looked_up_rows_of_other_outputs(outputs: Any):
+    params, x = table_params(), ids(4, 5)
+    given: Any = {"outputs": outputs}
+    wanted = kernels.empirical(sentences, params, x, engine="contraction", **given)
+    plan = kernels.plan(sentences, params, x, forms={"table": "lookup"}, batch=2, **given)
+    found = kernels.empirical(sentences, params, x, plan=plan)
+    assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
+
+
+def test_what_is_looked_up_twice_is_not_a_table():
+    """A table that also is the last layer: both of its uses are in its Jacobian."""
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(params[x]).mean(1) @ params.T
+
+    params, x = normal(0, 7, 4), ids(3, 5)
+    assert program.trace(apply, params, x).sites == ()
+    found = kernels.empirical(apply, params, x, engine="layerwise")
+    wanted = kernels.empirical(apply, params, x, engine="products")
+    assert jnp.abs(found - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
+
+
+def test_entries_are_no_rows():
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return params[x[:, 0], x[:, 1]][:, None]
+
+    assert program.trace(apply, normal(0, 7, 7), ids(3, 2)).sites == ()

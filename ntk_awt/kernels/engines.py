@@ -116,15 +116,21 @@ def layerwise(
         _, pull, data = jax.vjp(logits, taps, rest, has_aux=True)
         cotangents, jacobians = jax.vmap(pull)(basis)
         rows = []
-        for site, a in zip(traced.sites, data, strict=True):
-            a = program.weight_scale(site) * program.normal_data(traced, site, a).astype(dtype)
+        for site, part, a in zip(traced.sites, made, data, strict=True):
+            a = program.normal_data(traced, site, a)
+            if count := program.looked_up(traced, site):
+                rows.append(
+                    a if part.form == "lookup" else jax.nn.one_hot(a[:, 0], count, dtype=dtype)
+                )
+                continue
+            a = program.weight_scale(site) * a.astype(dtype)
             if site.bias is not None:
                 a = jnp.concatenate([a, jnp.full_like(a[:, :1], site.bias_scale)], axis=1)
             rows.append(a)
-        units = [
-            jax.vmap(partial(program.normal_output, traced, site))(d).astype(dtype)
-            for site, d in zip(traced.sites, cotangents, strict=True)
-        ]
+        units = []
+        for site, d in zip(traced.sites, cotangents, strict=True):
+            d = jax.vmap(partial(program.normal_output, traced, site))(d).astype(dtype)
+            units.append(program.weight_scale(site) * d if program.looked_up(traced, site) else d)
         return rows, units, [j.reshape(len(basis), -1) for j in jacobians]
 
     def block(x: Images) -> tuple[list[Any], list[Any]]:

@@ -1,4 +1,4 @@
-"""The share of one weight in a tangent kernel, in five forms of equal value and different cost.
+"""The share of one weight in a tangent kernel, in six forms of equal value and different cost.
 
 For a product y = a·W with inputs a[n, t, i] (t: positions; one for a dense layer, the output pixels
 of a convolution) and cotangents δ[n, q, t, j] of the outputs q at y, the Jacobian is
@@ -15,6 +15,8 @@ A bias is one more input that is always 1. The forms:
 - `soft` (any mask, one position): the same with all inputs, for real-valued or traced masks.
 - `jacobian` (any mask): J explicitly, in chunks of units.
 - `kept` (boolean mask): J explicitly at the kept entries only, from the same rows as `packed`.
+- `lookup` (any mask, rows of W looked up: y_t = W[k_t], a_t is the unit vector of k_t):
+  Σ_ts 1[k_nt = k_ms] Σ_j M[k_nt, j] δ_nqtj δ_mrsj; rows that no image has cost nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ import numpy as np
 
 from ntk_awt.kernels.varying import along
 
-FORMS = ("gram", "packed", "soft", "jacobian", "kept")
+FORMS = ("gram", "packed", "soft", "jacobian", "kept", "lookup")
 EXPLICIT = ("jacobian", "kept")
 """Forms that need of an image its Jacobian; its inputs and cotangents may be forgotten."""
 
@@ -136,10 +138,10 @@ def prepare(share: Share, a: jax.Array, d: jax.Array) -> Side:
 
     Args:
         share: the weight's form.
-        a: inputs [n, t, i].
+        a: inputs [n, t, i], or the numbers of rows [n, t, 1] for `lookup`.
         d: cotangents [n, q, t, j].
     """
-    if share.form == "gram":
+    if share.form in ("gram", "lookup"):
         return Side((a, d), (0, 0))
     if share.form == "packed":
         rows = share.rows
@@ -203,6 +205,25 @@ def _gram_rows(left: Side, right: Side, outputs: str) -> Row:
         return jnp.einsum(pattern, outer, inner)
 
     return left.arrays, row
+
+
+def _lookup_rows(share: Share, left: Side, right: Side, outputs: str) -> Row:
+    (a1, d1), (a2, d2) = left.arrays, right.arrays
+    if share.metric is not None:  # −1, no such row, is the last one here, and equal to none below
+        d1 = d1 * share.metric[a1[..., 0]][:, None]
+
+    @jax.checkpoint
+    def row(image: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ids, d = image
+        equal = (ids[:, None] == a2[None, :, :, 0]) & (ids >= 0)[:, None]  # [t, m, s]
+        summed = jnp.einsum("tms,mrsj->mrtj", equal.astype(d.dtype), d2)
+        if outputs == "full":
+            return jnp.einsum("qtj,mrtj->mqr", d, summed)
+        if outputs == "diagonal":
+            return jnp.einsum("qtj,mqtj->mq", d, summed)
+        return jnp.einsum("qtj,mqtj->m", d, summed) / d.shape[0]
+
+    return (a1, d1), row
 
 
 @jax.checkpoint  # else the scaled cotangents of all rows would be kept
@@ -286,6 +307,8 @@ def _block(
     for share, left, right in zip(shares, lefts, rights, strict=True):
         if share.form == "packed":
             by_rows.append(_packed_rows(share, left, right, outputs))
+        elif share.form == "lookup":
+            by_rows.append(_lookup_rows(share, left, right, outputs))
         elif share.form == "soft":
             by_rows.append(_soft_rows(share, left, right, outputs))
         elif share.form != "gram":

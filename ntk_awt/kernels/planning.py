@@ -51,7 +51,8 @@ class Layer:
 
     Attributes:
         name: of the weight's leaf, with `+bias` where its bias is part of it.
-        positions, inputs, units: T, I, O of `forms.py`; the bias counts as an input.
+        positions, inputs, units: T, I, O of `forms.py`; the bias counts as an input, and so does
+            each row where some are looked up.
         kept: entries that the mask keeps, bias included; None where the mask is not known.
         form: chosen.
         width: of the rows in the forms `packed` and `kept`, else 0.
@@ -205,19 +206,28 @@ def _best_width(mask: np.ndarray, per_pair: int) -> int:
 
 
 def _layer_costs(
-    s: _Sizes, t: int, i: int, o: int, mask: np.ndarray | None, masked: bool, width: int
+    s: _Sizes,
+    t: int,
+    i: int,
+    o: int,
+    mask: np.ndarray | None,
+    masked: bool,
+    width: int,
+    table: bool,
 ) -> dict[str, float]:
     """Weighted multiply-adds of each form that applies to a layer."""
     columns = {"jacobian": i * o}
     costs = {}
-    if mask is not None:
+    if mask is not None and not table:
         rows = int(row_counts(mask, width).sum())
         columns["kept"] = rows * width
         if t == 1:
             costs["packed"] = s.pairs * rows * (
                 _SMALL_PRODUCT * width + _ROW_PRODUCT * s.per_pair
             ) + s.images * rows * (_GATHER * width / 4 + s.q)
-    if masked:
+    if table:
+        costs["lookup"] = _ROW_PRODUCT * s.pairs * t * o * (t * s.q + s.per_pair)
+    elif masked:
         if t == 1:
             costs["soft"] = s.pairs * (_SOFT_PRODUCT * i * o + _ROW_PRODUCT * s.per_pair * o)
     else:
@@ -310,7 +320,7 @@ def make(
     others = sum(math.prod(leaves[i]) for i in traced.others)
     total = sum(map(math.prod, leaves))
     kept = total if masks is None else sum(int(m.sum()) for m in masks)
-    passes = sum(layer.positions * layer.inputs * layer.units for layer in sites) + others
+    passes = sum(map(_pass, sites)) + others
     backward = s.images * (1 + s.q) * _NETWORK * passes
     n_products = n1 * n2 if symmetric else s.pairs
     costs = {
@@ -406,8 +416,9 @@ def _layer(
 ) -> Layer:
     t, i, o = sizes(traced, site)
     mask = None if masks is None else matrix(traced, site, masks)
-    width = 0 if mask is None else _best_width(mask, s.per_pair)
-    costs = _layer_costs(s, t, i, o, mask, masked, width)
+    table = program.looked_up(traced, site) > 0
+    width = 0 if mask is None or table else _best_width(mask, s.per_pair)
+    costs = _layer_costs(s, t, i, o, mask, masked, width, table)
     name = names[site.leaf]
     form = forced.get(name) or min(costs, key=costs.__getitem__)
     choose(f"form of {name}", form, FORMS)
@@ -429,9 +440,17 @@ def _layer(
     )
 
 
+def _pass(layer: Layer) -> int:
+    """Multiply-adds of one image's pass through a layer."""
+    inputs = 1 if "lookup" in dict(layer.costs) else layer.inputs
+    return layer.positions * inputs * layer.units
+
+
 def _side_size(layer: Layer, q: int) -> int:
     """Numbers that a form keeps of one image."""
     t, i, o = layer.positions, layer.inputs, layer.units
+    if layer.form == "lookup":
+        return t * (1 + q * o)
     if layer.form == "kept" and layer.kept is not None:
         return q * layer.kept + t * i
     if layer.form == "jacobian" and layer.chunks == 1:

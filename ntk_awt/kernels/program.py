@@ -60,7 +60,7 @@ class Site:
     """The step y = a·W of one weight, W possibly reshaped, with the bias added to it.
 
     Attributes:
-        step: number of the step, `dot_general` or `conv_general_dilated`.
+        step: number of the step, `dot_general`, `conv_general_dilated` or `gather` (of rows).
         operand: which operand of the step is the weight, 0 or 1.
         leaf: position of the weight's leaf.
         view: how the operand is made of the leaf.
@@ -242,10 +242,22 @@ def _plain_product(step: Step, operand: int) -> bool:
     if step.eqn.primitive.name == "dot_general":
         _, batch = params["dimension_numbers"]
         return batch == ((), ()) or not any(map(len, batch))
+    if step.eqn.primitive.name == "gather":
+        return operand == 0 and _looks_up_rows(step)
     if step.eqn.primitive.name == "conv_general_dilated":
         groups = params["feature_group_count"] * params["batch_group_count"]
         return operand == 1 and groups == 1
     return False
+
+
+def _looks_up_rows(step: Step) -> bool:
+    """Whether a gather takes whole rows of its operand, W[ids]."""
+    shape, numbers = step.eqn.invars[0].aval.shape, step.eqn.params["dimension_numbers"]
+    return (
+        step.eqn.params["slice_sizes"] == (1, *shape[1:])
+        and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+    )
 
 
 class _Analysis:
@@ -302,6 +314,8 @@ class _Analysis:
         """Follow the product through scalings to the addition of its bias."""
         step = self.flat.steps[number]
         tap, scale = step.outputs[0], 1.0
+        if step.eqn.primitive.name == "gather":
+            return Site(number, operand, view.leaf, view, tap, scale, None, 0.0)
         features = _feature_axes(step, operand, len(self.flat.shapes[tap].shape))
         while len(users := self.users.get(tap, [])) == 1 and users[0] >= 0:
             user = self.flat.steps[users[0]]
@@ -344,6 +358,8 @@ class _Analysis:
 def _feature_axes(step: Step, operand: int, rank: int) -> tuple[int, ...]:
     """The axes of a product's result that come from the weight."""
     params = step.eqn.params
+    if step.eqn.primitive.name == "gather":
+        return params["dimension_numbers"].offset_dims
     if step.eqn.primitive.name == "conv_general_dilated":
         return (params["dimension_numbers"].out_spec[1],)
     (contracted, _) = params["dimension_numbers"]
@@ -428,6 +444,12 @@ def run(
     return values[program.output], data
 
 
+def looked_up(program: Program, site: Site) -> int:
+    """Of how many rows of its weight the site looks some up; 0 where it is a product."""
+    eqn = program.steps[site.step].eqn
+    return eqn.invars[0].aval.shape[0] if eqn.primitive.name == "gather" else 0
+
+
 def _data_operand(program: Program, site: Site) -> int:
     operand = program.steps[site.step].inputs[1 - site.operand]
     assert isinstance(operand, int)  # checked by the analysis: it depends on the image
@@ -441,10 +463,16 @@ def normal_data(program: Program, site: Site, data: Any) -> jax.Array:
     """The data operand of a product as rows: [positions, inputs].
 
     An image is one position for a dense layer; a convolution has one for each output pixel, with
-    the pixels under the window (and zeros at the border) as inputs.
+    the pixels under the window (and zeros at the border) as inputs. Where rows are looked up it is
+    their numbers [positions, 1], −1 where there is no such row.
     """
     step = program.steps[site.step]
     params = step.eqn.params
+    if step.eqn.primitive.name == "gather":
+        ids, count = data.reshape(-1, 1), step.eqn.invars[0].aval.shape[0]
+        if params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            return jnp.clip(ids, 0, count - 1)
+        return jnp.where((ids >= 0) & (ids < count), ids, -1)
     if step.eqn.primitive.name == "dot_general":
         contracted = params["dimension_numbers"][0][1 - site.operand]
         free = [axis for axis in range(data.ndim) if axis not in contracted]
@@ -560,6 +588,8 @@ def normal_weight(program: Program, site: Site, leaf: Any) -> jax.Array:
     step = program.steps[site.step]
     value = apply_view(site.view._replace(steps=_unscaled(site.view.steps)), leaf)
     params = step.eqn.params
+    if step.eqn.primitive.name == "gather":
+        return value.reshape(len(value), -1)
     if step.eqn.primitive.name == "conv_general_dilated":
         out, into, *spatial = params["dimension_numbers"].rhs_spec
         value = value.transpose(*spatial, into, out)
