@@ -420,14 +420,17 @@ def _spectrum(kernel: jax.Array, mixed: bool) -> jax.Array:
     return kernels.spectrum(_matrix(kernel), mixed=mixed)
 
 
+def _classes(result: Result) -> int:
+    apply, params = result.source.network
+    return jax.eval_shape(apply, params, result.inputs.x1).shape[1]
+
+
 def _one_hot(result: Result) -> np.ndarray | None:
     """Labels as targets [n, c]; of one logit's kernel only that column."""
     labels, outputs = result.inputs.labels, result.plan.outputs
     if labels is None:
         return None
-    apply, params = result.source.network
-    classes = jax.eval_shape(apply, params, result.inputs.x1).shape[1]
-    targets = np.eye(classes, dtype=np.float32)[labels]
+    targets = np.eye(_classes(result), dtype=np.float32)[labels]
     return targets[:, [outputs]] if isinstance(outputs, int) else targets
 
 
@@ -453,15 +456,25 @@ def _metrics(
 def measure(result: Result) -> list[Metric]:
     """Trace, norm, spectrum and label alignment (`kernels.metrics`) of a kernel.
 
-    Of diagonal blocks it is their mean over the outputs that is measured. A mixed kernel has
-    singular values in place of eigenvalues, and no trace. The alignment of one logit's kernel is
-    that with the labels of its class.
+    Of diagonal blocks it is their mean Θ̄ over the c outputs that is measured, and trace and norm of
+    a mean are those of Θ̄ ⊗ I_c, so that they can be set beside those of a full kernel: the trace is
+    the same number, the norm at most that of the full one. A mixed kernel has singular values in
+    place of eigenvalues, and no trace. The alignment of one logit's kernel is that with the labels
+    of its class.
     """
     size, targets = len(result.spectrum), _one_hot(result)
     found = _metrics(result.kernel, result.spectrum, targets)
+    norm, unit, outputs = "norm ‖Θ‖_F", UNIT, result.plan.outputs
+    if outputs in ("diagonal", "trace"):
+        norm, classes = "norm ‖Θ̄ ⊗ I‖_F, Θ̄ the mean over outputs", _classes(result)
+        found = {**found, "norm": found["norm"] * classes**0.5}
+        if "trace" in found:
+            found["trace"] = found["trace"] * classes
+    elif outputs != "full":
+        unit = f"{UNIT}, output {outputs}"
     rows = [
-        ("trace", "trace", UNIT),
-        ("norm ‖Θ‖_F", "norm", UNIT),
+        ("trace", "trace", unit),
+        (norm, "norm", unit),
         ("effective rank", "rank", f"of {size}"),
         ("condition number", "condition", "ratio"),
         ("spectrum mass, top 1", "first", "share"),
@@ -523,12 +536,14 @@ def figures(result: Result) -> dict[str, Figure]:
     """
     source, inputs, chosen, kernel, values = result
     title = ", ".join(filter(None, (source.name, source.state, inputs.name)))
-    if kernel.ndim == 2:
+    of_mean, spectrum = ": mean over outputs", source.name
+    if chosen.outputs != "full":
         one = isinstance(chosen.outputs, int)
-        title += f": output {chosen.outputs}" if one else ": mean over outputs"
+        spectrum += f": output {chosen.outputs}" if one else of_mean
+        title += f": output {chosen.outputs}" if one else of_mean if kernel.ndim == 2 else ""
     drawn = {
         "kernel": plots.kernel(kernel, title),
-        "spectrum": plots.spectrum({source.name: values}),
+        "spectrum": plots.spectrum({spectrum: values}),
     }
     shape = inputs.x1.shape
     if inputs.x2 is None and len(shape) == 4 and shape[-1] in (1, 3):

@@ -36,6 +36,7 @@ from ntk_awt.errors import (
     leaf_name,
 )
 from ntk_awt.network import check_weights_only
+from ntk_awt.precision import wide, widened
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params
 
 Scores: TypeAlias = Any
@@ -139,7 +140,12 @@ def _has_more(shape: Sequence[int], part: Sequence[int]) -> bool:
 
 def effective(params: Params, mask: Mask, gain: Gain) -> Params:
     """The weights that the masked network uses, γ⊙m⊙θ, leaf by leaf."""
-    return jax.tree.map(lambda w, m, g: w * (m * g).astype(w.dtype), params, mask, gain)
+
+    def scale(w: Any, m: Any, g: Any) -> jax.Array:
+        dtype = jnp.result_type(w)
+        return jnp.asarray(w) * (jnp.asarray(m).astype(dtype) * jnp.asarray(g).astype(dtype))
+
+    return jax.tree.map(scale, params, mask, gain)
 
 
 def masked(apply: ApplyFn, mask: Mask, gain: Gain) -> ApplyFn:
@@ -301,7 +307,7 @@ def _highest(scores: jax.Array, count: Any) -> jax.Array:
     of a negative one with all bits but the sign flipped; so the lowest kept score is found bit by
     bit, in as many passes as it has bits, where sorting takes some ten times as long.
     """
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(wide(scores.dtype))
     kind = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
     bits = jnp.iinfo(kind).bits
     ordered = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), kind)
@@ -309,7 +315,7 @@ def _highest(scores: jax.Array, count: Any) -> jax.Array:
     count = jnp.asarray(count, jnp.int32)
 
     def step(i: jax.Array, lowest: jax.Array) -> jax.Array:
-        higher = lowest + (jnp.ones((), kind) << (bits - 2 - i).astype(kind))
+        higher = lowest + (jnp.ones((), kind) << jnp.asarray(bits - 2 - i).astype(kind))
         return jnp.where(jnp.sum(ordered >= higher, dtype=jnp.int32) >= count, higher, lowest)
 
     positive = jnp.sum(ordered >= 0, dtype=jnp.int32) >= count
@@ -370,7 +376,7 @@ def dense(params: Params) -> Ticket:
 
 def sparse(params: Params, mask: Mask, gain: str, prunable: Prunable | None = None) -> Ticket:
     """The ticket of a mask: pruned weights at zero, the gain of that name in `GAINS`."""
-    kept = jax.tree.map(lambda w, m: w * m, params, mask)
+    kept = jax.tree.map(lambda w, m: w * jnp.asarray(m).astype(w.dtype), params, mask)
     return Ticket(kept, mask, GAINS[gain](params, mask, prunable))
 
 
@@ -392,6 +398,8 @@ def _is_zero(norm: jax.Array) -> bool:
 def energy_gain(params: Params, mask: Mask, prunable: Prunable | None = None) -> Gain:
     """Energy-preserving gain γ_l = ‖w_l‖ / ‖m_l⊙w_l‖ of prunable leaves, 1 elsewhere (theory §0).
 
+    The norms are summed in float32 at least, and γ has the dtype of the weights.
+
     For a random mask of density p it is about 1/√p; for a magnitude mask it is not.
 
     Args:
@@ -410,10 +418,11 @@ def energy_gain(params: Params, mask: Mask, prunable: Prunable | None = None) ->
     def gain(path: Any, w: jax.Array, m: jax.Array, p: bool) -> jax.Array:
         if not p:
             return jnp.ones((), w.dtype)
-        kept = jnp.linalg.norm(jnp.ravel(w * m))
+        values = widened(jnp.ravel(w))
+        kept = jnp.linalg.norm(values * jnp.ravel(m).astype(values.dtype))
         if _is_zero(kept):
             raise _no_energy(leaf_name(path), w, m)
-        return (jnp.linalg.norm(jnp.ravel(w)) / kept).astype(w.dtype)
+        return (jnp.linalg.norm(values) / kept).astype(w.dtype)
 
     chosen = prunable_leaves(params, prunable)
     return jax.tree_util.tree_map_with_path(gain, params, mask, chosen)
@@ -484,8 +493,8 @@ def statistics(mask: Mask, gain: Gain, prunable: Prunable | None = None) -> list
             leaf_name(path),
             m.shape,
             m.size,
-            int(m.sum()),
-            float(m.mean()),
+            int(np.count_nonzero(m)),
+            np.count_nonzero(m) / m.size,
             float(g),
             int((~m.any(axis=(*axes[:-2], axes[-1]))).sum()),
             int((~m.any(axis=axes[:-1])).sum()),
@@ -500,7 +509,7 @@ def density(mask: Mask, prunable: Prunable | None = None) -> float:
     """Kept share of all prunable entries (see `prunable_leaves`); 1 if there are none."""
     chosen = jax.tree.leaves(prunable_leaves(mask, prunable))
     leaves = [np.ravel(m) for m, p in zip(jax.tree.leaves(mask), chosen, strict=True) if p]
-    return float(np.concatenate(leaves).mean()) if leaves else 1.0
+    return float(np.concatenate(leaves).mean(dtype=np.float64)) if leaves else 1.0
 
 
 # ---------------------------------------------------------------- files

@@ -15,7 +15,7 @@ import pytest
 import ntk_awt
 
 ROOT = Path(ntk_awt.__file__).parents[1]
-BASE = {"errors", "types", "config", "files", "network", "_version"}
+BASE = {"errors", "types", "config", "files", "network", "precision", "_version"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "ntk_awt": {"_version"},
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "files": {"errors"},
     "network": {"errors"},
+    "precision": set(),
     "interrupts": set(),
     "config": {"errors", "files", "types"},
     "checkpoints": {"errors"},

@@ -288,9 +288,11 @@ def numbers(kernel, outputs, labels):
     sizes = np.sort(np.abs(np.linalg.eigvalsh(matrix)))[::-1]
     shares = sizes / sizes.sum()
     some = shares[shares > 0]
+    mean = outputs in ("diagonal", "trace")  # stands for itself ⊗ I
+    whole = np.kron(matrix, np.eye(3)) if mean else matrix
     return {
-        "trace": np.trace(matrix),
-        "norm ‖Θ‖_F": np.sqrt((matrix**2).sum()),
+        "trace": np.trace(whole),
+        f"norm ‖Θ{'̄ ⊗ I‖_F, Θ̄ the mean over outputs' if mean else '‖_F'}": np.linalg.norm(whole),
         "effective rank": np.exp(-(some * np.log(some)).sum()),
         "condition number": sizes[0] / sizes[-1],
         "spectrum mass, top 1": shares[0],
