@@ -51,6 +51,13 @@ class NetworkLoss:
 
     def logits(self, z: Images) -> Logits:
         """f(z), [n, c], in the dtype of z: attacks add and compare in that of the images."""
+        if jnp.finfo(z.dtype).bits < 32:
+            raise InputError(
+                "attacked images",
+                expected="float32 or float64, in which small steps are not lost",
+                got=f"{z.dtype}",
+                fix="images.astype('float32'); the weights may stay as they are",
+            )
         logits = self.apply(self.params, z)
         check_classes(logits.shape)
         return logits.astype(z.dtype)

@@ -198,7 +198,8 @@ class Square:
                 return z.reshape(x.shape)
 
         images = pictures(x)
-        shape: tuple[int, int, int] = images.shape[1:]
+        h, w, c = images.shape[1:]
+        shape = (h, w, c)
         square = isinstance(threat, Linf)
         windows = _windows(shape, shares(max(self.steps, 1), self.share), norm_ball=not square)
         heights, widths, kinds, patterns = map(jnp.asarray, windows)

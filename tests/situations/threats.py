@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import hygiene, threats
-from ntk_awt.attacks import APGD, FAB, PGD, Square, perturb
+from ntk_awt.attacks import APGD, FAB, PGD, Square, cross_entropy, perturb
 from ntk_awt.config import ThreatConfig
+from ntk_awt.data import Dataset
+from ntk_awt.dynamics import intervals
 from ntk_awt.evaluation import evaluate
 from ntk_awt.threats import L2, Linf, StrongL2
 from ntk_awt.tickets.objective import attacked_inputs
@@ -341,6 +343,31 @@ def bounds_in_no_order() -> Outcome:
     return refused(lambda: Linf(0.1, (1.0, 0.0)), "bounds: expected (low, high) with low ≤ high")
 
 
+@situation("threats: interval bounds in a box by channel")
+def intervals_by_channel() -> Outcome:
+    """Of a linear network they are exact: each pixel at the end that its weight asks for."""
+    given, (low, high) = in_channels()
+    ends = np.clip(given.x - 0.15, low, high), np.clip(given.x + 0.15, low, high)
+    wanted = np.stack(
+        [
+            np.minimum(*(end[..., None] * given.w for end in ends)).sum(1),
+            np.maximum(*(end[..., None] * given.w for end in ends)).sum(1),
+        ]
+    )
+    x, w = given.x.astype(np.float32).reshape(-1, 2, 2, 4), given.w.astype(np.float32)
+    came = intervals.output_bounds(linear, w, x, Linf(0.15, CHANNELS))
+    return near(np.stack(came), wanted, relative=1e-5)
+
+
+@situation("threats: a data set with a box by channel")
+def data_by_channel() -> Outcome:
+    given, _ = in_channels()
+    x, y = given.x.astype(np.float32).reshape(-1, 2, 2, 4), given.y.astype(np.int32)
+    data = Dataset("channels", x, y, x, y, x, y, num_classes=3, bounds=CHANNELS)
+    built = threats.build(ThreatConfig(name="l2", epsilon=0.3), data.bounds)
+    return same(built.bounds, tuple(tuple(end.tolist()) for end in CHANNELS))
+
+
 # ---------------------------------------------------------------- one logit
 
 
@@ -434,6 +461,15 @@ def _in_mode(mode: str) -> Outcome:
 
 for _name in MODES:
     situation(f"threats: attacks with {_name}")(partial(_in_mode, _name))
+
+
+@situation("threats: images of float16 inside an attack")
+def narrow_images() -> Outcome:
+    given = problem(4)
+    x, w = jnp.asarray(given.x, jnp.float16), jnp.asarray(given.w)
+    loss = cross_entropy(linear, w, jnp.asarray(given.y))
+    keys = jax.random.split(jax.random.key(0), 4)
+    return refused(lambda: PGD(steps=2).run(loss, x, Linf(0.1), keys), "attacked images", "float32")
 
 
 # ---------------------------------------------------------------- channels of Square
