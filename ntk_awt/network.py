@@ -28,7 +28,7 @@ def _of(what: str) -> str:
     return f" of {what}" if what else ""
 
 
-def in_one_line(error: Exception, folder: str = "") -> str:
+def in_one_line(error: BaseException, folder: str = "") -> str:
     """What code of the user's raised, and where: `TypeError: a text (file.py, line 3)`.
 
     Args:
