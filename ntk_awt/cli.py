@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -700,6 +701,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         install()
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises as well
         arguments = sys.argv[1:]
     kept.clear()
     try:

@@ -522,9 +522,9 @@ def save_ticket(ticket: Ticket, path: Path, metadata: dict[str, str] | None = No
         for part, tree in ticket._asdict().items()
         for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    files.replace(
-        path, lambda partial: safetensors.numpy.save_file(arrays, partial, metadata=metadata)
-    )
+    # Not `save_file`, whose error on a full disk is no OSError.
+    content = safetensors.numpy.save(arrays, metadata=metadata)
+    files.replace(path, lambda partial: partial.write_bytes(content))
 
 
 def load_metadata(path: Path) -> dict[str, str]:
