@@ -33,13 +33,14 @@ from ntk_awt.hygiene import (
 )
 from ntk_awt.threats import L2, Linf
 from tests import threat_models
+from tests.keys import key_of
 
 SLOW = ("test_sound_under_other_threats_and_attacks strong-l2",)
 
 N, D, CLASSES = 60, 6, 3
 RNG = np.random.default_rng(0)
 # At this scale the softmax is near its maximum, so that the cross-entropy finds the closest class.
-W = jnp.asarray(10 * RNG.normal(size=(D, CLASSES)), jnp.float32)
+W = (10 * RNG.normal(size=(D, CLASSES))).astype(np.float32)
 X = RNG.uniform(0, 1, (N, D)).astype(np.float32)
 Y = np.asarray(X @ W).argmax(1)
 EPSILON = 0.05
@@ -50,7 +51,6 @@ def apply(params: Any, x: Any) -> Any:
     return x @ params
 
 
-KEY = jax.random.key(0)
 ATTACK = PGD(steps=20)
 QUICK = (1, 20)
 """Steps at which `check` measures here: programs that the other rules compile as well."""
@@ -68,7 +68,7 @@ def judge(**changes: Any) -> Hygiene:
         "y": Y,
         "threat": THREAT,
         "attack": ATTACK,
-        "key": KEY,
+        "key": key_of(0),
     }
     return check(**(default | changes))
 
@@ -169,8 +169,8 @@ def probabilities(params: Any, x: Any) -> Any:
 
 
 def lost_to_random_search(network: Subject) -> Flag:
-    ours = network.under(ATTACK, network.threat, KEY).robust_correct
-    return gain("black box", ours, ours & hygiene.black_box(network, KEY), "")
+    ours = network.under(ATTACK, network.threat, key_of(0)).robust_correct
+    return gain("black box", ours, ours & hygiene.black_box(network, key_of(0)), "")
 
 
 def test_a_sound_network_by_single_rules():
@@ -207,7 +207,7 @@ def test_probabilities_are_seen():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_seen(value: float):
     """Nothing else is judged then."""
-    found = judge(params=W.at[0, 0].set(value))
+    found = judge(params=jnp.asarray(W).at[0, 0].set(value))
     assert [f.name for f in found.flags] == ["finite"]
     assert raised(found) == {"finite": "fail"}
     assert found.flags[0].value >= N
@@ -248,33 +248,37 @@ class Broken:
 
 def by_radius(attack: Any) -> Flag:
     network = subject()
-    found = [network.under(attack, scaled(network.threat, f), KEY).robust.value for f in (1, 2)]
+    found = [
+        network.under(attack, scaled(network.threat, f), key_of(0)).robust.value for f in (1, 2)
+    ]
     return monotone("radius", found, N, "ε")
 
 
 def by_steps(attack: Any) -> Flag:
-    found = [subject().under(replace(attack, steps=s), THREAT, KEY).robust.value for s in (20, 21)]
+    found = [
+        subject().under(replace(attack, steps=s), THREAT, key_of(0)).robust.value for s in (20, 21)
+    ]
     return monotone("steps", found, N, "steps")
 
 
 def verdicts(attack: Any) -> np.ndarray:
-    return subject().under(attack, THREAT, KEY).robust_correct
+    return subject().under(attack, THREAT, key_of(0)).robust_correct
 
 
 def images(attack: Any) -> np.ndarray:
-    return subject().under(attack, THREAT, KEY).images
+    return subject().under(attack, THREAT, key_of(0)).images
 
 
 RULES: dict[str, Callable[[Any], Flag]] = {
     "ball": lambda attack: hygiene.ball(images(attack), X, THREAT),
     "box": lambda attack: hygiene.box(images(attack), THREAT),
     "moves at zero": lambda attack: zero_radius(
-        subject().under(attack, scaled(THREAT, 0.0), KEY).images, X
+        subject().under(attack, scaled(THREAT, 0.0), key_of(0)).images, X
     ),
     "gives up when far": by_radius,
     "gives up with steps": by_steps,
-    "looks at others": lambda attack: batches(attack, subject(), KEY, verdicts(attack)),
-    "idle": lambda attack: single_step(subject(), KEY, float(verdicts(attack).mean())),
+    "looks at others": lambda attack: batches(attack, subject(), key_of(0), verdicts(attack)),
+    "idle": lambda attack: single_step(subject(), key_of(0), float(verdicts(attack).mean())),
 }
 
 
@@ -285,9 +289,9 @@ def test_faults_of_attacks_are_seen(fault: str):
 
 
 def test_an_attack_that_leaves_everything_right_at_a_large_radius_is_seen():
-    assert large_radius(ATTACK, subject(), KEY).status == "pass"
-    assert large_radius(Broken("idle"), subject(), KEY).status == "fail"
-    assert large_radius(ATTACK, subject(threat=Linf(0.0)), KEY).status == "pass"
+    assert large_radius(ATTACK, subject(), key_of(0)).status == "pass"
+    assert large_radius(Broken("idle"), subject(), key_of(0)).status == "fail"
+    assert large_radius(ATTACK, subject(threat=Linf(0.0)), key_of(0)).status == "pass"
 
 
 def test_attacked_images_from_elsewhere_are_judged_as_they_are():
