@@ -32,6 +32,7 @@ from ntk_awt.hygiene import (
     zero_radius,
 )
 from ntk_awt.threats import L2, Linf
+from ntk_awt.verdicts import REMEDIES
 from tests import threat_models
 from tests.keys import key_of
 
@@ -117,6 +118,7 @@ def test_a_sound_network_passes_every_rule():
         "mask",
         "selection",
     ]
+    assert {f.name for f in found.flags} == set(REMEDIES)
     assert found.images == N
     assert list(found.steps) == list(QUICK)
     assert found.radii[0.0] == 1  # the labels are the network's own
@@ -148,8 +150,12 @@ def large_scale(params: Any, x: Any) -> Any:
     return 1e3 * apply(params, x)
 
 
+def quantise(x: Any) -> Any:
+    return jnp.round(x * 20) / 20
+
+
 def quantised(params: Any, x: Any) -> Any:
-    return apply(params, jnp.round(x * 20) / 20)
+    return apply(params, quantise(x))
 
 
 def stochastic(params: Any, x: Any) -> Any:
@@ -193,7 +199,25 @@ def test_a_quantised_input_is_seen():
     assert zero_gradients(network, "cross-entropy").value == 1
     assert zero_gradients(network, "cross-entropy").status == "warn"
     assert zero_gradients(network, "dlr").status == "warn"
+    assert zero_gradients(network, "dlr").value == 1
     assert lost_to_random_search(network).status == "fail"
+
+
+def test_a_gradient_that_is_zero_by_its_formula_is_no_fault():
+    """Where the label's logit is third of three, the ratio of logits is 1 whatever the image."""
+    third = (X @ W).argmin(1)
+    network = subject()._replace(y=np.where(np.arange(N) < 30, third, Y))
+    flat = (np.asarray(hygiene._gradients(apply, W, X, network.y, "dlr")) == 0).all(1)
+    assert flat[:30].sum() > 10  # of the others, the division leaves a rounding
+    assert not flat[30:].any()
+    assert zero_gradients(network, "dlr").value == 0
+    none_right = subject()._replace(y=third)
+    assert zero_gradients(none_right, "dlr").value == 0
+    half = subject(
+        lambda w, x: apply(w, jnp.where(jnp.arange(len(x))[:, None] < 15, quantise(x), x))
+    )
+    assert 0 < zero_gradients(half, "dlr").value < 1
+    assert zero_gradients(half, "dlr").status == "warn"
 
 
 def test_a_stochastic_layer_is_seen():
@@ -301,6 +325,18 @@ def test_attacked_images_from_elsewhere_are_judged_as_they_are():
     found = judge(attack=weak, transferred=images(ATTACK))
     assert raised(found)["transfer"] == "fail"
     assert found.union <= verdicts(ATTACK).mean()
+
+
+def test_other_attacks_are_compared_with_the_worst_case():
+    """A weak first attack whose evaluation goes on with a strong one fails by itself alone."""
+    weak = PGD(steps=2, step_ratio=0.01, random_start=False)
+    alone, whole = (
+        judge(attack=weak),
+        judge(attack=weak, attacked=images(ATTACK), verdicts=verdicts(weak)),
+    )
+    assert {"single step", "black box"} <= set(raised(alone))
+    assert not {"single step", "black box"} & set(raised(whole))
+    assert whole.union <= verdicts(ATTACK).mean() < verdicts(weak).mean()
 
 
 def test_no_attack_is_made_twice(monkeypatch):
