@@ -36,6 +36,7 @@ _MODULES = (
     "tickets",
     "training",
     "types",
+    "verdicts",
 )
 
 __all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from ntk_awt import plots
+from ntk_awt import plots, verdicts
 from ntk_awt.errors import InputError
 
 
@@ -72,7 +72,8 @@ def draw(root: Path) -> dict[str, str]:
     if search := [row for row in searched if row["network"] in networks]:
         figures["search"] = (
             plots.search(search),
-            "The ticket search: both distances to the dense network on a held-out batch.",
+            "The ticket search: both distances to the dense network on a held-out batch; kept is "
+            "the network of the lowest objective.",
         )
     for name, (figure, _) in figures.items():
         plots.save(figure, root / "figures", name)
@@ -117,6 +118,7 @@ def write(root: Path) -> Path:
         "report.html",
         name=root.absolute().name,
         results=results,
+        verdicts=verdicts.of_run(results).values(),
         checks=_checks(results["networks"]),
         figures=figures,
     )
@@ -174,6 +176,7 @@ def write_sweep(
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],
     found: Mapping[str, Any],
+    judged: Sequence[verdicts.Verdict],
 ) -> Path:
     """Save a sweep's figures and write its self-contained `sweep.html`.
 
@@ -182,6 +185,7 @@ def write_sweep(
         figures: figure and caption by file name.
         headers, rows: of the table, as text.
         found: the content of `sweep.json`.
+        judged: the verdict of every network, density and seed.
 
     Returns:
         The page's path.
@@ -197,6 +201,8 @@ def write_sweep(
         headers=headers,
         rows=rows,
         found=found,
+        judged=verdicts.count(judged),
+        verdicts=judged,
         settings=_flat(found["config"]),
         figures=pictures,
     )
