@@ -29,6 +29,7 @@ _MODULES = (
     "models",
     "network",
     "plots",
+    "precision",
     "report",
     "robustness",
     "schedules",
@@ -37,6 +38,7 @@ _MODULES = (
     "tickets",
     "training",
     "types",
+    "verdicts",
 )
 
 __all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

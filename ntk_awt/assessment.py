@@ -31,7 +31,7 @@ class Turn(NamedTuple):
     Attributes:
         attack: its name.
         attacked: images that it was tried on.
-        outcome: accuracies after this attack and all before it in the suite.
+        outcome: accuracies after this attack and all before it, those of other suites as well.
     """
 
     attack: str
@@ -48,7 +48,8 @@ class Assessment(NamedTuple):
     """What several attacks and the hygiene rules say of one network.
 
     Attributes:
-        turns: by the name under which the attacks were asked for; one each, or those of `auto`.
+        turns: by the name under which the attacks were asked for, in their order; one each, or
+            those of `auto`.
         outcome: the worst case of all attacks, image by image.
         hygiene: flags, and accuracy against radius and steps.
     """
@@ -136,7 +137,7 @@ def assess(
     pruning: Pruning | None = None,
     chosen_on: np.ndarray | None = None,
 ) -> Assessment:
-    """Attack a network in every asked way, then judge it.
+    """Attack a network in every asked way, each on the images that are still right, then judge it.
 
     Args:
         apply, params, x, y, threat, key: see `evaluation.evaluate`.
@@ -154,15 +155,16 @@ def assess(
         InputError: see `evaluation.evaluate`.
     """
     turns: dict[str, tuple[Turn, ...]] = {}
+    before: Evaluation | None = None
     for asked, attacks in suites.items():
         done: list[Turn] = []
         for name, attack in attacks.items():
             path = folder / f"{asked}-{name}.npz"
             if path.exists():
                 done.append(_load(path, name, np.asarray(x)))
+                before = done[-1].outcome
                 continue
-            before = done[-1].outcome if done else None
-            total = done[-1].survived if done else len(x)
+            total = len(x) if before is None else int(before.robust_correct.sum())
             with bar(f"{label}: {name}", total, "images") as show:
                 found = evaluate(
                     apply,
@@ -177,8 +179,9 @@ def assess(
                 )
             done.append(Turn(name, total, found))
             _save(path, done[-1])
+            before = found
         turns[asked] = tuple(done)
-    outcome = combine([done[-1].outcome for done in turns.values()])
+    outcome = combine([turn.outcome for done in turns.values() for turn in done])
     first = next(iter(next(iter(suites.values())).values()))
     alone = next(iter(turns.values()))[0]  # the first attack meets every image
     with bar(f"{label}: hygiene", 100, "%") as show:

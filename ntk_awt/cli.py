@@ -12,9 +12,11 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ from ntk_awt import files
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError, check_number, choose
 from ntk_awt.interrupts import at_end, install, kept, line
+from ntk_awt.verdicts import NOT_JUDGED, Verdict, count, of_run, verdict
 
 
 class _Console(Console):
@@ -95,6 +98,22 @@ class Bars:
             yield
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Python's warnings as one line each, above the progress bars; the same text once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *rest: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            said.add(text)
+            console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -117,6 +136,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class RunSettings(Settings):
+    """What `run` takes."""
+
+    strict: bool = False
+    """Exit with 1 if a hygiene check of a network fails."""
+
+
+@dataclass(frozen=True)
 class SweepSettings:
     """What `run` takes with the config file of a sweep."""
 
@@ -130,6 +157,8 @@ class SweepSettings:
     """Folder of the data files; else the environment variable NTK_AWT_DATA (or its sub-folder)."""
     run_dir: Path | None = None
     """Folder of the sweep; runs/NAME (NAME-quick) of the config file, if not given."""
+    strict: bool = False
+    """Exit with 1 if a hygiene check of a network fails."""
 
 
 def run_sweep(path: Path, settings: SweepSettings) -> int:
@@ -147,16 +176,17 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
     found = sweep.run(config, root, Bars())
     console.print(_fitted(sweep.HEADERS, sweep.table_rows(found)))
     print(f"report: {root / 'sweep.html'}")
-    return 0
+    return _say(sweep.judge(config, root), strict=settings.strict)
 
 
-def run(settings: Settings) -> int:
+def run(settings: RunSettings) -> int:
     """Find the ticket, train and compare all networks, write the report."""
     opened = settings.open()
     results = opened.run()
-    console.print(_networks_table(results))
+    verdicts = of_run(results)
+    console.print(_networks_table(results, verdicts))
     print(f"report: {opened.paths.report}")
-    return 0
+    return _say(verdicts.values(), strict=settings.strict)
 
 
 def ticket(settings: Settings) -> int:
@@ -173,13 +203,16 @@ def ticket(settings: Settings) -> int:
     return 0
 
 
-def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
+def train(run_dir: Positional[Path], networks: tuple[str, ...] = (), strict: bool = False) -> int:
     """Train the networks of a run folder that are not trained yet.
+
+    It ends with the verdicts of the run's evaluation, where there is one.
 
     Args:
         run_dir: a run folder, e.g. from `ntk-awt ticket`.
         networks: train only these, and add those that the run does not have yet: any name that
             `run --networks` takes.
+        strict: exit with 1 if a hygiene check of a network fails.
     """
     from ntk_awt.experiment import Run, open_run
     from ntk_awt.methods import network_label
@@ -192,7 +225,11 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
     opened.make_tickets()
     opened.train(tuple(map(network_label, networks)))
     print(f"trained: {run_dir / 'trained'}")
-    return 0
+    found = opened.verdicts()
+    code = _say(found, strict=strict)
+    if any(one.status == NOT_JUDGED for one in found):
+        print(f"to judge them: {shlex.join(['ntk-awt', 'evaluate', str(run_dir)])}")
+    return code
 
 
 def evaluate(
@@ -210,7 +247,7 @@ def evaluate(
     """Robust accuracy of trained networks under any attacks, and whether it can be trusted.
 
     Outcomes of attacks are kept in the output folder: an interrupted call goes on where it was.
-    The exit code is 1 if a hygiene check fails.
+    The last lines are verdicts; the exit code is 1 if a hygiene check fails.
 
     Args:
         source: a run folder, a saved network's FILE.safetensors, RUN/checkpoints/STAGE, or
@@ -252,12 +289,10 @@ def evaluate(
     else:
         files.write_json(json_file, rows)
         print(f"numbers: {json_file}")
-    failed = [
-        f"{one.network}: {flag.name}" for one in found for flag in one.assessment.hygiene.failed
-    ]
-    if failed:
-        console.print(f"failed checks: {', '.join(failed)}", markup=False, soft_wrap=True)
-    return 1 if failed else 0
+    return _say(
+        (verdict(one.label, row["hygiene"]["flags"]) for one, row in zip(found, rows, strict=True)),
+        strict=True,
+    )
 
 
 def kernel(
@@ -442,7 +477,20 @@ def verify(
     return 0 if all(result.holds for result in results) else 1
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- verdicts and tables
+
+STYLES = {"passed": "", "warned": "yellow", "failed": "red", NOT_JUDGED: "yellow"}
+SIGNS = {"passed": "", "warned": " !", "failed": " ✗"}
+
+
+def _say(found: Iterable[Verdict], *, strict: bool) -> int:
+    """Print each verdict, then how many there are of each kind; the exit code."""
+    found = list(found)
+    for one in found:
+        line = Text(f"verdict of {one}", STYLES[one.status])
+        console.print(line, soft_wrap=True)
+    console.print(f"verdicts: {count(found)}", highlight=False, soft_wrap=True)
+    return int(strict and any(one.status == "failed" for one in found))
 
 
 def _statements_table(results: list[Any]) -> Table:
@@ -498,7 +546,7 @@ def _fitted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def _networks_table(results: dict[str, Any]) -> Table:
+def _networks_table(results: dict[str, Any], verdicts: dict[str, Verdict]) -> Table:
     table = _table(
         "network",
         "density\n[0–1]",
@@ -508,9 +556,12 @@ def _networks_table(results: dict[str, Any]) -> Table:
         "Θ dist.\n[rel.²]",
         title="test accuracy with 95 % interval, mean dynamics gap, kernel distance at start",
     )
+    if any(one.status != "passed" for one in verdicts.values()):
+        table.caption = "✗: a check fails, !: a check warns; see the verdicts"
     for name, values in results["networks"].items():
+        status = verdicts[name].status
         table.add_row(
-            name,
+            Text(name + SIGNS[status], STYLES[status]),
             f"{values['density']:.4g}",
             _percent(values["natural_accuracy"], *values["natural_interval"]),
             _percent(values["robust_accuracy"], *values["robust_interval"]),
@@ -672,12 +723,13 @@ def _dispatch(arguments: list[str]) -> int:
             )
             return run_sweep(path, found)
     config = RunConfig() if path is None else configs.load(path)
+    kind = RunSettings if command is run else Settings
     settings = _parsed(
-        Settings,
+        kind,
         f"ntk-awt {name}",
         rest,
         description=f"{command.__doc__} With --config FILE.toml, flags override the file.",
-        default=Settings(config),
+        default=kind(config),
     )
     return command(settings)
 
@@ -692,6 +744,7 @@ def _fail(text: str) -> int:
     return 2
 
 
+@_warnings_in_one_line()
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 

@@ -204,12 +204,13 @@ class TicketConfig:
     rounds: int = _later(10)
     """saliency: rounds of removal, at densities that fall geometrically; 1 is one-shot."""
     ticket_records: int = 10
-    """How often both distances are recorded on the held-out batch, evenly spaced."""
+    """How often both distances are recorded on the held-out batch, evenly spaced; the search keeps
+    the best of these networks, or its start where none is better."""
     l2: float = _later(0.0)
     """awt: adds l2/density · ‖w‖² of the kept weights, without biases, to what is minimised."""
     patience: int = _later(0)
-    """Stop after that many records without a better objective on the held-out batch, and take the
-    best record's network; 0 takes the last one."""
+    """Stop after that many records without a better objective on the held-out batch; 0 goes on to
+    the last step. The best record's network is kept either way."""
 
     def __post_init__(self):
         _check_whole("ticket_steps", self.ticket_steps, low=1)
@@ -320,9 +321,9 @@ class RecordConfig:
 class EvaluationConfig:
     """The evaluation on the test images."""
 
-    attacks: tuple[str, ...] = ("apgd-ce",)
-    """pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, or auto (apgd-ce, apgd-t, fab-t and square,
-    each on what is left); the worst case of all counts, image by image."""
+    attacks: tuple[str, ...] = ("apgd-ce", "apgd-t", "square")
+    """pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, or auto (apgd-ce, apgd-t, fab-t and square);
+    each is tried on what those before it left, so that the worst case counts, image by image."""
     full_evaluation: bool = False
     """Attack with auto, whatever `attacks` says."""
     evaluation_steps: int = 100

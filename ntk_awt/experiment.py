@@ -53,6 +53,7 @@ from ntk_awt.masks import Ticket
 from ntk_awt.methods import Method, Trained, network_label, ordered
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Network
+from ntk_awt.verdicts import NOT_JUDGED, Verdict, verdict
 
 VALIDATION_IMAGES = 1000
 """At most that many validation images are attacked after each epoch."""
@@ -616,6 +617,22 @@ class Run:
             pruning=hygiene.Pruning(trained.params, trained.mask, self.load_ticket(name).mask),
             chosen_on=d.x_validation,
         )
+
+    def verdicts(self) -> list[Verdict]:
+        """What the hygiene rules said of every trained network, as far as it is evaluated."""
+        flags = {
+            row["network"]: row["hygiene"]["flags"]
+            for row in self.log.rows
+            if row["stage"] == "evaluate"
+        }
+        found = []
+        for name in ordered(self.config.networks):
+            label = f"{name}, seed {self.config.seed}"
+            if name in flags:
+                found.append(verdict(label, flags[name]))
+            elif self.paths.trained(name).exists():
+                found.append(Verdict(label, NOT_JUDGED, ()))
+        return found
 
     def summarise(self) -> dict[str, Any]:
         """Gather `results.json` from the records, draw the figures, write the report."""

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from ntk_awt import files, plots
+from ntk_awt import files, plots, verdicts
 from ntk_awt.errors import InputError, check_name, check_structure, choose
 
 _EVALUATE = "delete it and run again: the network is evaluated anew"
@@ -158,7 +158,8 @@ def draw(root: Path) -> dict[str, str]:
         check_structure("searches", search, [{"relative_target_distance": _NUMBER}])
         figures["search"] = (
             plots.search(search),
-            "The ticket search: both distances to the dense network on a held-out batch.",
+            "The ticket search: both distances to the dense network on a held-out batch; kept is "
+            "the network of the lowest objective.",
         )
     for name, (figure, _) in figures.items():
         plots.save(figure, root / "figures", name)
@@ -222,6 +223,7 @@ def write(root: Path) -> Path:
         "report.html",
         name=root.absolute().name,
         results=results,
+        verdicts=verdicts.of_run(results).values(),
         checks=_checks(results["networks"]),
         figures=figures,
     )
@@ -278,6 +280,7 @@ def write_sweep(
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],
     found: Mapping[str, Any],
+    judged: Sequence[verdicts.Verdict],
 ) -> Path:
     """Save a sweep's figures and write its self-contained `sweep.html`.
 
@@ -286,6 +289,7 @@ def write_sweep(
         figures: figure and caption by file name.
         headers, rows: of the table, as text.
         found: the content of `sweep.json`.
+        judged: the verdict of every network, density and seed.
 
     Returns:
         The page's path.
@@ -301,6 +305,8 @@ def write_sweep(
         headers=headers,
         rows=rows,
         found=found,
+        judged=verdicts.count(judged),
+        verdicts=judged,
         settings=_flat(found["config"]),
         figures=pictures,
     )

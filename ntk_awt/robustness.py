@@ -46,12 +46,14 @@ class Found(NamedTuple):
 
     Attributes:
         network: its name.
+        label: the name, with the seed where the network belongs to a run.
         threat: the threat model's settings.
         settings: of the evaluation.
         assessment: the numbers.
     """
 
     network: str
+    label: str
     threat: ThreatConfig
     settings: EvaluationConfig
     assessment: Assessment
@@ -118,7 +120,13 @@ def evaluate_run(
         raise InputError("--images", expected="none: a run has its test images", got="a file")
     settings, threat = _settings(request, run.config.evaluation, run.config.threat)
     return [
-        Found(name, threat, settings, run.assess(name, settings, threat))
+        Found(
+            name,
+            f"{name}, seed {run.config.seed}",
+            threat,
+            settings,
+            run.assess(name, settings, threat),
+        )
         for name in networks or known
     ]
 
@@ -165,7 +173,8 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
         pruning=pruning,
         chosen_on=chosen_on,
     )
-    return Found(source.name, threat, settings, found)
+    label = source.name if run is None else f"{source.name}, seed {run.config.seed}"
+    return Found(source.name, label, threat, settings, found)
 
 
 def _fingerprint(*trees: Any) -> str:

@@ -30,10 +30,11 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 from ntk_awt import config as configs
-from ntk_awt import experiment, files, methods, plots, report
+from ntk_awt import experiment, files, methods, plots, report, verdicts
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError, check_number, choose
 from ntk_awt.experiment import Paths, Reporter, Run
+from ntk_awt.verdicts import Verdict
 
 BASELINE = "random"
 """Other networks are compared with this one of the same density and seed."""
@@ -278,6 +279,25 @@ def collect(config: SweepConfig, root: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def judge(config: SweepConfig, root: Path) -> list[Verdict]:
+    """The verdict of every network, density and seed; of the dense network, which has no density,
+    one a seed.
+
+    Args:
+        config: the grid.
+        root: the finished sweep's folder.
+    """
+    found: dict[str, Verdict] = {}
+    for density in config.densities:
+        for seed in config.seeds:
+            results = report.read_results(folder(root, density, seed))
+            dense = verdicts.of_run(results)["dense"]
+            others = verdicts.of_run(results, f"density {density:g}, ")
+            for one in (dense, *(others[name] for name in others if name != "dense")):
+                found[one.name] = one
+    return list(found.values())
+
+
 def gather(config: SweepConfig, root: Path) -> dict[str, Any]:
     """Write `sweep.json`, `sweep.md`, the figures and `sweep.html` of a finished sweep.
 
@@ -301,6 +321,10 @@ def gather(config: SweepConfig, root: Path) -> dict[str, Any]:
                 {
                     "network": name,
                     "density": density,
+                    "failed_checks": sum(
+                        verdicts.verdict(name, row["hygiene"]["flags"]).status == "failed"
+                        for row in own
+                    ),
                     **{m: summary([row[m] for row in own])._asdict() for m in MEASURES},
                     "robust_against_random": _paired(rows, density, name, "robust_accuracy"),
                     "gap_against_random": _paired(rows, density, name, "dynamics_gap"),
@@ -374,6 +398,7 @@ HEADERS = (
     "network",
     "natural [%]",
     "robust [%]",
+    "failed checks [seeds]",
     "robust − random [points ± s.e.]",
     "gap [logits]",
     "gap − random [± s.e.]",
@@ -405,6 +430,7 @@ def table_rows(found: Mapping[str, Any]) -> list[list[str]]:
                 f"{row['density']:g}" if row["network"] != "dense" else "1",
                 row["network"],
                 *map(str, percent),
+                f"{row['failed_checks']} of {percent[0].n}",
                 paired(row["robust_against_random"], 100),
                 str(cells["dynamics_gap"]),
                 paired(row["gap_against_random"], 1),
@@ -422,7 +448,10 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines = [" | ".join(HEADERS), " | ".join("---" for _ in HEADERS)]
     lines += [" | ".join(row) for row in table_rows(found)]
     seeds = len(found["seeds"])
-    note = f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}."
+    note = (
+        f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; failed checks: seeds of "
+        "which a hygiene rule fails."
+    )
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n"
 
 
@@ -455,4 +484,4 @@ def _draw(
             "Distance at initialisation, dynamics gap and robust accuracy of every mask and seed.",
         ),
     }
-    report.write_sweep(root, figures, HEADERS, table_rows(found), found)
+    report.write_sweep(root, figures, HEADERS, table_rows(found), found, judge(config, root))

@@ -214,14 +214,8 @@ class _Instances(NamedTuple):
     loss: np.ndarray
 
 
-_MODELS: dict[str, tuple[str, Threat]] = {
-    "L∞": ("linear", Linf(EPSILON, BOX)),
-    "L2": ("linear", L2(EPSILON, BOX)),
-    "strong": ("linear", StrongL2(EPSILON, DELTA, np.eye(FEATURES)[:, :1], BOX)),
-    "line": ("line", Linf(EPSILON, BOX)),
-    "wavy": ("wavy", Linf(EPSILON, BOX)),
-}
-"""Network and threat model of each instance's risk."""
+_NETWORKS = {"L∞": "linear", "L2": "linear", "strong": "linear", "line": "line", "wavy": "wavy"}
+"""Network of each instance's risk."""
 
 _EXACT = {
     "L∞": "linear model, L∞",
@@ -229,6 +223,13 @@ _EXACT = {
     "strong": "linear model, strong L2",
     "line": "monotone network on the line",
 }
+
+
+def _threat(model: str) -> Threat:
+    """Threat model of an instance's risk."""
+    if model == "strong":
+        return StrongL2(EPSILON, DELTA, np.eye(FEATURES)[:, :1], BOX)
+    return L2(EPSILON, BOX) if model == "L2" else Linf(EPSILON, BOX)
 
 
 def _draw(rng: np.random.Generator, model: str, seeds: int) -> _Instances:
@@ -253,10 +254,9 @@ def _flows(
     by_margin: bool = False,
     threat: Threat | None = None,
 ) -> _Flow:
-    network, own = _MODELS[model]
     arrays = _descend(
-        _TRACED[network],
-        own if threat is None else threat,
+        _TRACED[_NETWORKS[model]],
+        _threat(model) if threat is None else threat,
         instants,
         drawn.theta,
         drawn.x,
@@ -299,9 +299,9 @@ def check(context: Context) -> Outcome:
     """Differences of the exact adversarial risk along −∇ against −‖∇R_adv‖²."""
     seeds, instants = context.pick(3, 6, 20), context.pick(6, 12, 30)
     cases, controls = [], []
-    drawn = {model: _draw(context.rng(k), model, seeds) for k, model in enumerate(_MODELS)}
+    drawn = {model: _draw(context.rng(k), model, seeds) for k, model in enumerate(_NETWORKS)}
     for model, name in _EXACT.items():
-        network, _ = _MODELS[model]
+        network = _NETWORKS[model]
         flow = _flows(model, drawn[model], instants)
         for loss, what in enumerate(LOSSES if network == "linear" else MARGIN_LOSSES):
             cases.append(_judge(model, f"{name}, {what}", loss, drawn[model], flow))
@@ -309,7 +309,7 @@ def check(context: Context) -> Outcome:
     wrong = {
         "half the radius": {"share": 0.5},
         "clean points": {"share": 0.0},
-        "the L2 attack in an L∞ ball": {"threat": _MODELS["L2"][1]},
+        "the L2 attack in an L∞ ball": {"threat": _threat("L2")},
     }
     for what, options in wrong.items():
         flow = _flows("L∞", drawn["L∞"], instants, **options)

@@ -6,12 +6,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-# Equal programs of different tests (and of the processes that they start) compile once a session.
+from tests import compiled
+
+# Equal programs of a process's tests, and of the processes that they start, compile once. Workers
+# inherit the variables of the process that starts them, but never its folder.
 _CACHE = tempfile.TemporaryDirectory(prefix="ntk-awt-compiled-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ[compiled.VARIABLE] = tempfile.mkdtemp(dir=_CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# How long an example takes says something of the machine and of what else it does.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.hookimpl(tryfirst=True)

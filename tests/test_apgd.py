@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import APGD, apgd, cross_entropy, example_keys
+from ntk_awt.attacks import APGD, apgd, cross_entropy
 from ntk_awt.attacks.apgd import checkpoints
 from ntk_awt.attacks.found import targets_of
 from ntk_awt.attacks.losses import dlr, margin, targeted_dlr, targeted_margin
 from ntk_awt.errors import InputError
 from ntk_awt.threats import THREATS, Linf
 from tests import threat_models
+from tests.keys import keys_of
 from tests.quick import quick
 
 N, D, CLASSES = 6, 12, 5
 EPSILON = {"linf": 0.03, "l2": 0.1, "strong-l2": 0.1}
 RNG = np.random.default_rng(0)
 X, Y = RNG.uniform(0, 1, (N, D)), RNG.integers(0, CLASSES, N)
-KEYS = example_keys(jax.random.key(2), jnp.arange(N))
 
 
 def network(seed: int) -> Any:
@@ -133,8 +133,8 @@ def check_against_loop(attack: APGD, name: str, threat_name: str, seed: int) -> 
         # Every second label is wrong at first, so that both endings occur.
         y = np.where(np.arange(N) % 2, logits.argmax(1), np.argsort(logits)[:, -2])
         loss = cross_entropy(apply, params, jnp.asarray(y))
-        found, _ = quick(lambda x, keys: attack.run(loss, x, threat, keys))(x, KEYS)
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(KEYS)
+        found, _ = quick(lambda x, keys: attack.run(loss, x, threat, keys))(x, keys_of(2, N))
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys_of(2, N))
         starts = np.asarray(threat.sphere_start(keys, x))
         second = np.argsort(logits)[:, -2]
         fooled = 0
@@ -213,8 +213,8 @@ def test_few_classes(objective: str, classes: int, instead: str):
     loss = cross_entropy(few, network(0), jnp.asarray(Y % classes))
     x = jnp.asarray(X, jnp.float32)
     with pytest.warns(UserWarning, match=f"the network has {classes}: {instead} takes its place"):
-        replaced = APGD(objective, steps=5).run(loss, x, Linf(0.1), KEYS)[0]
-    wanted = APGD(instead, steps=5).run(loss, x, Linf(0.1), KEYS)[0]
+        replaced = APGD(objective, steps=5).run(loss, x, Linf(0.1), keys_of(2, N))[0]
+    wanted = APGD(instead, steps=5).run(loss, x, Linf(0.1), keys_of(2, N))[0]
     np.testing.assert_array_equal(replaced, wanted)
 
 
@@ -227,13 +227,13 @@ def test_more_runs_fool_more():
 
     def fooled_by(restarts: int, targets: int) -> np.ndarray:
         attack = APGD("targeted-dlr", 10, restarts, targets)
-        moved = quick(lambda x: attack.run(loss, x, threat, KEYS)[0])(x)
+        moved = quick(lambda x: attack.run(loss, x, threat, keys_of(2, N))[0])(x)
         return np.asarray(loss.logits(moved).argmax(1) != y)
 
     fooled = [fooled_by(*runs) for runs in ((1, 1), (1, 4), (3, 4))]
     assert np.all(fooled[0] <= fooled[1])
     assert np.all(fooled[1] <= fooled[2])
-    assert np.all(threat.distance(APGD(steps=0).run(loss, x, threat, KEYS)[0], x) > 0)
+    assert np.all(threat.distance(APGD(steps=0).run(loss, x, threat, keys_of(2, N))[0], x) > 0)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from ntk_awt.errors import InputError
 from ntk_awt.threats import THREATS, Linf
 from tests import threat_models
 from tests.counting import Counting
+from tests.keys import keys_of
 from tests.threat_models import ORDER, RATIO
 
 SLOW = (
@@ -99,7 +100,7 @@ def apply(params: Any, x: Any) -> Any:
 def network(seed: int) -> Any:
     rng = np.random.default_rng(seed)
     shapes = [(D, 16), (16,), (16, CLASSES)]
-    return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    return tuple(rng.normal(size=s).astype(np.float32) for s in shapes)
 
 
 def images(seed: int, n: int = N) -> tuple[Any, Any]:
@@ -112,7 +113,6 @@ def images(seed: int, n: int = N) -> tuple[Any, Any]:
 
 PARAMS = network(0)
 X, Y = images(1)
-KEYS = example_keys(jax.random.key(2), jnp.arange(N))
 
 
 @partial(jax.jit, static_argnames=("attack", "apply"))
@@ -122,7 +122,7 @@ def _run(attack: Any, apply: Any, params: Any, x: Any, y: Any, threat: Any, keys
 
 def run(attack: Any, threat: Any, **changes: Any) -> Any:
     """The compiled attack; left out arguments are arguments of the compiled program as well."""
-    default = {"apply": apply, "params": PARAMS, "x": X, "y": Y, "keys": KEYS}
+    default = {"apply": apply, "params": PARAMS, "x": X, "y": Y, "keys": keys_of(2, N)}
     return _run(attack=attack, threat=threat, **(default | changes))
 
 
@@ -140,7 +140,7 @@ def _recorder(attack: Any) -> Any:
         jax.debug.callback(lambda v: seen.append(np.asarray(v)), values, ordered=True)
         return values
 
-    return jax.jit(lambda threat: attack.run(loss, jnp.asarray(X), threat, KEYS)[1]), seen
+    return jax.jit(lambda threat: attack.run(loss, jnp.asarray(X), threat, keys_of(2, N))[1]), seen
 
 
 def visited(attack: Any, threat: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +213,7 @@ def check_misclassified(attack: Any, name: str) -> None:
     scale = 4.0 if isinstance(attack, Square) and name == "linf" else 1.0
     loss = cross_entropy(recorded, PARAMS, jnp.asarray(y))
     threat = make(name, scale * EPSILON[name])
-    z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, KEYS)[0])(threat)
+    z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, keys_of(2, N))[0])(threat)
     jax.effects_barrier()
     points, logits = (np.stack(values) for values in zip(*seen, strict=True))
     inside = np.stack([np.asarray(threat.project(p, X)) == p for p in points]).all(2)
@@ -258,17 +258,17 @@ def test_an_image_depends_on_itself_and_its_key(attack: Any, name: str):
     mixed = {
         "x": np.where(kept[:, None], X, other_x),
         "y": np.where(kept, Y, other_y),
-        "keys": jnp.where(kept, KEYS, other_keys),
+        "keys": jnp.where(kept, keys_of(2, N), other_keys),
     }
     np.testing.assert_array_equal(run(attack, threat, **mixed)[0][kept], z[kept])
     order = np.array([3, 0, 5, 1, 4, 2])
-    moved = run(attack, threat, x=X[order], y=Y[order], keys=KEYS[order])
+    moved = run(attack, threat, x=X[order], y=Y[order], keys=keys_of(2, N)[order])
     np.testing.assert_array_equal(moved[0], z[order])
 
     # Another batch size is another program, with sums in another order: a relative error of
     # (D + 16)u an evaluation, which each of the steps can pass on enlarged. An image of another key
     # differs by a good part of the radius.
-    some_z, some_loss = run(attack, threat, x=X[1:2], y=Y[1:2], keys=KEYS[1:2])
+    some_z, some_loss = run(attack, threat, x=X[1:2], y=Y[1:2], keys=keys_of(2, N)[1:2])
     np.testing.assert_allclose(some_z, z[1:2], rtol=0, atol=1e-5)
     np.testing.assert_allclose(some_loss, loss[1:2], rtol=1e-5, atol=1e-5)
 
@@ -416,7 +416,7 @@ def count_passes(attack: PGD) -> Counter[str]:
         return cross_entropy(apply, PARAMS, jnp.asarray(Y))(tapped(z))
 
     jax.block_until_ready(
-        jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, KEYS))(Linf(EPSILON["linf"]))
+        jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, keys_of(2, N)))(Linf(EPSILON["linf"]))
     )
     jax.effects_barrier()
     return counts
@@ -574,7 +574,8 @@ def test_an_attack_maximises_the_criterion_it_is_given():
     y, attack, threat = jnp.asarray(Y), PGD(steps=10), Linf(0.2)
     losses = {kind: criterion(kind, apply, PARAMS, y) for kind in CRITERIA}
     points = {
-        kind: attack.run(loss, jnp.asarray(X), threat, KEYS)[0] for kind, loss in losses.items()
+        kind: attack.run(loss, jnp.asarray(X), threat, keys_of(2, N))[0]
+        for kind, loss in losses.items()
     }
     for kind, loss in losses.items():
         (other,) = set(CRITERIA) - {kind}

@@ -7,13 +7,14 @@ import json
 import re
 import shutil
 import sys
+import warnings
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from ntk_awt import cli, experiment, inspection, masks
+from ntk_awt import cli, experiment, inspection, masks, verdicts
 from ntk_awt import config as configs
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError
@@ -90,10 +91,59 @@ def test_default_folder_is_named_by_the_settings(tmp_path, monkeypatch):
     assert str(seen[0]).startswith("runs/digits-mlp-0.05-linf-0.1-")
 
 
-def test_train_adds_a_network(run_dir, tmp_path):
+STATUS = {0: "pass", 1: "fail"}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_run_and_train_end_with_verdicts(run_dir, tmp_path, failing, capsys):
+    """A record that says a check failed: marked in the table, and with --strict exit code 1."""
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
-    assert cli.main(["train", str(copy), "--networks", "magnitude"]) == 0
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for flag in row.get("hygiene", {}).get("flags", ()):
+            wrong = failing and (row["network"], flag["name"]) == ("random", "black box")
+            flag |= {"value": 0.0125 if wrong else 0.0, "status": STATUS[int(wrong)]}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = ["dense, seed 0: passed", f"random, seed 0: {'failed' if failing else 'passed'}"]
+    again = ["run", "--config", str(copy / "config.toml"), "--run-dir", str(copy)]
+    for command in ([*again, "--strict"], ["train", str(copy), "--strict"], ["train", str(copy)]):
+        assert cli.main(command) == (1 if "--strict" in command and failing else 0)
+        shown = capsys.readouterr().err
+        lines = [x for x in shown.splitlines() if x.startswith("verdict of ")]
+        assert [line.partition("; ")[0] for line in lines] == [f"verdict of {x}" for x in wanted]
+        assert ("black box 0.0125, limit" in lines[1]) == bool(failing)
+        assert (verdicts.REMEDIES["black box"] in lines[1]) == bool(failing)
+        assert shown.rstrip().endswith(f"{2 - failing} of 2 passed, 0 warned, {failing} failed")
+        assert ("random ✗" in shown) == (bool(failing) and command[0] == "run")
+    page = (copy / "report.html").read_text()
+    assert ('<li class="failed">random, seed 0: failed' in page) == bool(failing)
+
+
+def test_warnings_are_one_line_each_and_once(run_dir, tmp_path, monkeypatch, capsys):
+    def noisy(*arguments):
+        warnings.simplefilter("always")
+        for text in ("first of\n two lines", "second [bold]", "second [bold]"):
+            warnings.warn(text, stacklevel=1)
+        raise InputError("stop", expected="here", got="here")
+
+    monkeypatch.setattr(experiment, "Run", noisy)
+    assert cli.main(["run", "--run-dir", str(tmp_path)]) == 2
+    error = "error: stop: expected here, got here"
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: first of two lines",
+        "warning: second [bold]",
+        error,
+    ]
+
+
+def test_train_adds_a_network(run_dir, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    assert cli.main(["train", str(copy), "--networks", "magnitude", "--strict"]) in (0, 1)
+    printed = capsys.readouterr()
+    assert "verdict of magnitude, seed 0: not judged" in printed.err
+    assert f"ntk-awt evaluate {copy}" in printed.out
     assert (copy / "trained" / "magnitude.safetensors").exists()
     assert configs.load(copy / "config.toml").networks == ("dense", "random", "magnitude")
 
@@ -122,9 +172,12 @@ def test_evaluate_prints_and_writes_numbers(run_dir, tmp_path, capsys):
     code = cli.main([*arguments, "--attacks", "pgd", "apgd-ce", "--json", str(out)])
     first = capsys.readouterr()
     written = json.loads(out.read_text())
-    failed = [f for row in written for f in row["hygiene"]["flags"] if f["status"] == "fail"]
-    assert code == (1 if failed else 0)
-    assert ("failed checks" in first.err) == bool(failed)
+    judged = [verdicts.verdict(row["network"], row["hygiene"]["flags"]) for row in written]
+    assert code == any(one.status == "failed" for one in judged)
+    last = first.err.splitlines()[-3:]
+    assert last[-1] == f"verdicts: {verdicts.count(judged)}"
+    for line, one in zip(last, judged, strict=False):
+        assert line.startswith(f"verdict of {one.name}, seed 0: {one.status}")
     assert "checks pass" in first.err
     assert (run_dir / "figures" / "evaluate.svg").exists()
     assert [row["network"] for row in written] == ["dense", "random"]
@@ -135,8 +188,8 @@ def test_evaluate_prints_and_writes_numbers(run_dir, tmp_path, capsys):
         assert row["robust"]["value"] <= min(turn["robust_accuracy"] for turn in row["attacks"])
     cli.main([*arguments, "--networks", "random"])
     (alone,) = json.loads(capsys.readouterr().out.partition("\n")[2])
-    assert alone["robust"] == {**alone["robust"], "value": alone["attacks"][0]["robust_accuracy"]}
-    assert alone["attacks"] == written[1]["attacks"][1:]  # the run's attack, apgd-ce
+    assert alone["robust"]["value"] == alone["attacks"][-1]["robust_accuracy"]
+    assert [turn["attack"] for turn in alone["attacks"]] == ["apgd-ce", "apgd-t"]  # the run's
 
 
 SOURCE = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def mlp_params(seed: int = 0) -> dict[str, Any]:
     return {"w1": normal(seed, 5, 6), "b1": normal(seed + 100, 6), "w2": normal(seed + 200, 6, 3)}
 
 
-@functools.cache
+@cache
 def jacobian(seed: int, n: int) -> np.ndarray:
     """The Jacobian of `mlp` at `n` inputs: examples, outputs, parameters."""
     flat, unravel = ravel_pytree(mlp_params())
@@ -248,13 +248,13 @@ def dense_kernels(
 
 
 ACTIVATIONS = {
-    "relu": (stax.Relu(), relu_moments, 1e-9),
-    "erf": (stax.Erf(), erf_moments, 1e-9),
-    "abrelu": (stax.ABRelu(0.3, 1.2), abrelu_moments, 1e-9),
-    "gelu": (stax.Gelu(), gelu_moments, 1e-7),
-    "sin": (stax.Sin(), sin_moments, 1e-7),
-    "sigmoid": (stax.Sigmoid_like(), sigmoid_moments, 1e-4),
-    "polynomial": (stax.Monomial(2), square_moments, 1e-9),
+    "relu": (stax.Relu, relu_moments, 1e-9),
+    "erf": (stax.Erf, erf_moments, 1e-9),
+    "abrelu": (partial(stax.ABRelu, 0.3, 1.2), abrelu_moments, 1e-9),
+    "gelu": (stax.Gelu, gelu_moments, 1e-7),
+    "sin": (stax.Sin, sin_moments, 1e-7),
+    "sigmoid": (stax.Sigmoid_like, sigmoid_moments, 1e-4),
+    "polynomial": (partial(stax.Monomial, 2), square_moments, 1e-9),
 }
 
 
@@ -263,7 +263,7 @@ ACTIVATIONS = {
 def test_dense_kernels(name: str, hidden: int) -> None:
     activation, moments, tolerance = ACTIVATIONS[name]
     w, b = 1.2, 0.3
-    layers = [stax.Dense(1, w, b), *([activation, stax.Dense(1, w, b)] * hidden)]
+    layers = [stax.Dense(1, w, b), *([activation(), stax.Dense(1, w, b)] * hidden)]
     kernel_fn = compiled(stax.serial(*layers))
     x1, x2 = normal(1, 3, 7), normal(2, 4, 7)
     kernels = kernel_fn(x1, x2, get=("nngp", "ntk"))
@@ -375,16 +375,18 @@ def test_convolution_kernels(padding: str, readout: str) -> None:
 
 
 LINEAR = {
-    "average pool": stax.AvgPool((2,), (2,)),
-    "average pool, same": stax.AvgPool((3,), (1,), "SAME"),
-    "average pool, circular": stax.AvgPool((3,), (1,), "CIRCULAR"),
-    "sum pool": stax.SumPool((3,), (1,)),
-    "global average pool": stax.GlobalAvgPool(),
-    "global sum pool": stax.GlobalSumPool(),
-    "resize": stax.ImageResize((-1, 4, -1), "linear"),
-    "slice": stax.Index(stax.Slice[:, 1::2]),
-    "dot": stax.DotGeneral(
-        rhs=np.array([1, -2, 3, 0, 1, -1]), dimension_numbers=(((1,), (0,)), ((), ()))
+    "average pool": partial(stax.AvgPool, (2,), (2,)),
+    "average pool, same": partial(stax.AvgPool, (3,), (1,), "SAME"),
+    "average pool, circular": partial(stax.AvgPool, (3,), (1,), "CIRCULAR"),
+    "sum pool": partial(stax.SumPool, (3,), (1,)),
+    "global average pool": stax.GlobalAvgPool,
+    "global sum pool": stax.GlobalSumPool,
+    "resize": partial(stax.ImageResize, (-1, 4, -1), "linear"),
+    "slice": partial(stax.Index, stax.Slice[:, 1::2]),
+    "dot": partial(
+        stax.DotGeneral,
+        rhs=np.array([1, -2, 3, 0, 1, -1]),
+        dimension_numbers=(((1,), (0,)), ((), ())),
     ),
 }
 
@@ -392,7 +394,7 @@ LINEAR = {
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_layers(name: str) -> None:
     """The kernel of a linear layer is A k A', with A read off from what it does to unit inputs."""
-    layer = LINEAR[name]
+    layer = LINEAR[name]()
     x1, x2 = np.asarray(normal(1, 2, 6, 4)), np.asarray(normal(2, 3, 6, 4))
     matrix = np.asarray(layer[1]((), jnp.eye(6)[:, :, None])).reshape(6, -1).T
     if name == "average pool":

@@ -49,15 +49,15 @@ def test_leaf_name():
         partial(check_finite, "params", TREE),
         partial(check_finite, "params", {"a": np.array([1, 2]), "b": np.array([True])}),
         partial(check_finite, "params", {}),
-        partial(check_finite, "params", jnp.ones(3, jnp.bfloat16)),
+        lambda: check_finite("params", jnp.ones(3, jnp.bfloat16)),
         partial(check_images, "images", IMAGES),
-        partial(check_images, "images", jnp.asarray(IMAGES)),
+        lambda: check_images("images", jnp.asarray(IMAGES)),
         partial(check_images, "images", 2 * IMAGES - 1, (-1.0, 1.0)),
         partial(check_images, "images", np.zeros((3, 4), np.float16)),
         partial(check_labels, "labels", np.array([0, 9, 3]), 3, 10),
-        partial(check_labels, "labels", jnp.array([0, 1], jnp.uint8), 2, 2),
+        lambda: check_labels("labels", jnp.array([0, 1], jnp.uint8), 2, 2),
         partial(check_same_tree, "mask", TREE, TREE),
-        partial(check_same_tree, "mask", TREE, jax.eval_shape(lambda: TREE)),
+        lambda: check_same_tree("mask", TREE, jax.eval_shape(lambda: TREE)),
         partial(
             check_same_tree, "gain", {"dense": {"kernel": 1.0, "bias": 2.0}}, TREE, scalars=True
         ),
@@ -104,7 +104,7 @@ def test_good_input_passes(check: Callable[[], None]):
             "params a/b: expected finite values, got 2 of 3 NaN or infinite",
         ),
         (
-            partial(check_finite, "images", jnp.array(-jnp.inf)),
+            lambda: check_finite("images", jnp.array(-jnp.inf)),
             "images: expected finite values, got 1 of 1 NaN or infinite",
         ),
         (
@@ -182,7 +182,7 @@ def test_bad_input_is_explained(check: Callable[[], None], message: str):
     "check",
     [
         partial(check_number, "seed", 10**30, low=0, high=2**32 - 1),
-        partial(check_finite, "params", jnp.array([jnp.nan], jnp.bfloat16)),
+        lambda: check_finite("params", jnp.array([jnp.nan], jnp.bfloat16)),
     ],
     ids=["huge integer", "bfloat16 NaN"],
 )

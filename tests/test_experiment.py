@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from ntk_awt import assessment, cli, experiment, masks, report
+from ntk_awt import assessment, cli, experiment, masks, report, verdicts
 from ntk_awt import config as configs
 from ntk_awt.attacks import AUTO
 from ntk_awt.config import (
@@ -45,7 +45,7 @@ CONFIG = RunConfig(
     ticket=TicketConfig(ticket_steps=6, ticket_batch_size=4, ticket_records=3),
     train=TrainConfig(epochs=3, batch_size=32),
     record=RecordConfig(probe_size=4, records_per_epoch=2),
-    evaluation=EvaluationConfig(evaluation_steps=3),
+    evaluation=EvaluationConfig(attacks=("apgd-ce", "apgd-t"), evaluation_steps=3),
 )
 NAMES = ["dense", "ticket", "random"]
 
@@ -395,16 +395,43 @@ def test_evaluation_under_another_threat(finished, tmp_path):
 def test_every_network_has_its_attacks_and_flags(finished):
     networks = report.read_results(finished.paths.root)["networks"]
     for name, values in networks.items():
-        (row,) = values["attacks"]
-        assert (row["suite"], row["attack"], row["attacked"]) == ("apgd-ce", "apgd-ce", 60)
-        assert row["robust_accuracy"] == values["robust_accuracy"] == row["survived"] / 60
+        first, last = values["attacks"]
+        assert (first["suite"], first["attack"], first["attacked"]) == ("apgd-ce", "apgd-ce", 60)
+        # The second is tried on what the first left, and its row is the worst case of both.
+        assert (last["suite"], last["attack"]) == ("apgd-t", "apgd-t")
+        assert last["survived"] <= last["attacked"] == first["survived"]
+        for row in (first, last):
+            assert row["robust_accuracy"] == row["survived"] / 60
+        assert last["robust_accuracy"] == values["robust_accuracy"]
         flags = {flag["name"]: flag for flag in values["hygiene"]["flags"]}
         assert ("transfer" in flags) == (name != "dense")
         for rule in ("ball", "box", "zero radius", "finite", "deterministic", "mask", "selection"):
             assert flags[rule]["status"] == "pass", (name, rule)
     page = finished.paths.report.read_text()
+    for verdict in verdicts.of_run(report.read_results(finished.paths.root)).values():
+        assert f'<li class="{verdict.status}">{verdict.name}: {verdict.status}' in page
     assert "zero gradient, dlr" in page
     assert '<strong class="pass">' in page
+
+
+def test_the_order_of_attacks_does_not_change_the_worst_case(finished, tmp_path):
+    """Each alone on all images, image by image; in turn, each only on what is left."""
+    root = tmp_path / "run"
+    shutil.copytree(finished.paths.root, root)
+    run = experiment.Run(CONFIG, root)
+
+    def robust(*attacks):
+        settings = dataclasses.replace(CONFIG.evaluation, attacks=attacks)
+        found = run.assess("random", settings)
+        tried = [turn.attacked for turns in found.turns.values() for turn in turns]
+        return found.outcome.robust_correct, tried
+
+    (one, whole), (other, _) = robust("square"), robust("pgd")
+    assert whole == [60]
+    for names in (("pgd", "square"), ("square", "pgd")):
+        both, tried = robust(*names)
+        np.testing.assert_array_equal(both, one & other)
+        assert tried == [60, (one if names[0] == "square" else other).sum()]
 
 
 def test_attacks_that_were_made_are_not_made_again(finished, tmp_path, monkeypatch):

@@ -126,8 +126,7 @@ def test_float32_stays_float32():
     assert found.x.dtype == jnp.float32
 
 
-THETA = jnp.eye(2)
-F = jnp.ones((2, 1))
+THETA, F = np.eye(2, dtype=np.float32), np.ones((2, 1), np.float32)
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,16 @@ from ntk_awt.hygiene import (
     zero_radius,
 )
 from ntk_awt.threats import L2, Linf
+from ntk_awt.verdicts import REMEDIES
 from tests import threat_models
+from tests.keys import key_of
 
 SLOW = ("test_sound_under_other_threats_and_attacks strong-l2",)
 
 N, D, CLASSES = 60, 6, 3
 RNG = np.random.default_rng(0)
 # At this scale the softmax is near its maximum, so that the cross-entropy finds the closest class.
-W = jnp.asarray(10 * RNG.normal(size=(D, CLASSES)), jnp.float32)
+W = (10 * RNG.normal(size=(D, CLASSES))).astype(np.float32)
 X = RNG.uniform(0, 1, (N, D)).astype(np.float32)
 Y = np.asarray(X @ W).argmax(1)
 EPSILON = 0.05
@@ -50,7 +52,6 @@ def apply(params: Any, x: Any) -> Any:
     return x @ params
 
 
-KEY = jax.random.key(0)
 ATTACK = PGD(steps=20)
 QUICK = (1, 20)
 """Steps at which `check` measures here: programs that the other rules compile as well."""
@@ -68,7 +69,7 @@ def judge(**changes: Any) -> Hygiene:
         "y": Y,
         "threat": THREAT,
         "attack": ATTACK,
-        "key": KEY,
+        "key": key_of(0),
     }
     return check(**(default | changes))
 
@@ -117,6 +118,7 @@ def test_a_sound_network_passes_every_rule():
         "mask",
         "selection",
     ]
+    assert {f.name for f in found.flags} == set(REMEDIES)
     assert found.images == N
     assert list(found.steps) == list(QUICK)
     assert found.radii[0.0] == 1  # the labels are the network's own
@@ -148,8 +150,12 @@ def large_scale(params: Any, x: Any) -> Any:
     return 1e3 * apply(params, x)
 
 
+def quantise(x: Any) -> Any:
+    return jnp.round(x * 20) / 20
+
+
 def quantised(params: Any, x: Any) -> Any:
-    return apply(params, jnp.round(x * 20) / 20)
+    return apply(params, quantise(x))
 
 
 def stochastic(params: Any, x: Any) -> Any:
@@ -169,8 +175,8 @@ def probabilities(params: Any, x: Any) -> Any:
 
 
 def lost_to_random_search(network: Subject) -> Flag:
-    ours = network.under(ATTACK, network.threat, KEY).robust_correct
-    return gain("black box", ours, ours & hygiene.black_box(network, KEY), "")
+    ours = network.under(ATTACK, network.threat, key_of(0)).robust_correct
+    return gain("black box", ours, ours & hygiene.black_box(network, key_of(0)), "")
 
 
 def test_a_sound_network_by_single_rules():
@@ -193,7 +199,25 @@ def test_a_quantised_input_is_seen():
     assert zero_gradients(network, "cross-entropy").value == 1
     assert zero_gradients(network, "cross-entropy").status == "warn"
     assert zero_gradients(network, "dlr").status == "warn"
+    assert zero_gradients(network, "dlr").value == 1
     assert lost_to_random_search(network).status == "fail"
+
+
+def test_a_gradient_that_is_zero_by_its_formula_is_no_fault():
+    """Where the label's logit is third of three, the ratio of logits is 1 whatever the image."""
+    third = (X @ W).argmin(1)
+    network = subject()._replace(y=np.where(np.arange(N) < 30, third, Y))
+    flat = (np.asarray(hygiene._gradients(apply, W, X, network.y, "dlr")) == 0).all(1)
+    assert flat[:30].sum() > 10  # of the others, the division leaves a rounding
+    assert not flat[30:].any()
+    assert zero_gradients(network, "dlr").value == 0
+    none_right = subject()._replace(y=third)
+    assert zero_gradients(none_right, "dlr").value == 0
+    half = subject(
+        lambda w, x: apply(w, jnp.where(jnp.arange(len(x))[:, None] < 15, quantise(x), x))
+    )
+    assert 0 < zero_gradients(half, "dlr").value < 1
+    assert zero_gradients(half, "dlr").status == "warn"
 
 
 def test_a_stochastic_layer_is_seen():
@@ -207,7 +231,7 @@ def test_probabilities_are_seen():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_seen(value: float):
     """Nothing else is judged then."""
-    found = judge(params=W.at[0, 0].set(value))
+    found = judge(params=jnp.asarray(W).at[0, 0].set(value))
     assert [f.name for f in found.flags] == ["finite"]
     assert raised(found) == {"finite": "fail"}
     assert found.flags[0].value >= N
@@ -248,33 +272,37 @@ class Broken:
 
 def by_radius(attack: Any) -> Flag:
     network = subject()
-    found = [network.under(attack, scaled(network.threat, f), KEY).robust.value for f in (1, 2)]
+    found = [
+        network.under(attack, scaled(network.threat, f), key_of(0)).robust.value for f in (1, 2)
+    ]
     return monotone("radius", found, N, "ε")
 
 
 def by_steps(attack: Any) -> Flag:
-    found = [subject().under(replace(attack, steps=s), THREAT, KEY).robust.value for s in (20, 21)]
+    found = [
+        subject().under(replace(attack, steps=s), THREAT, key_of(0)).robust.value for s in (20, 21)
+    ]
     return monotone("steps", found, N, "steps")
 
 
 def verdicts(attack: Any) -> np.ndarray:
-    return subject().under(attack, THREAT, KEY).robust_correct
+    return subject().under(attack, THREAT, key_of(0)).robust_correct
 
 
 def images(attack: Any) -> np.ndarray:
-    return subject().under(attack, THREAT, KEY).images
+    return subject().under(attack, THREAT, key_of(0)).images
 
 
 RULES: dict[str, Callable[[Any], Flag]] = {
     "ball": lambda attack: hygiene.ball(images(attack), X, THREAT),
     "box": lambda attack: hygiene.box(images(attack), X, THREAT),
     "moves at zero": lambda attack: zero_radius(
-        subject().under(attack, scaled(THREAT, 0.0), KEY).images, X
+        subject().under(attack, scaled(THREAT, 0.0), key_of(0)).images, X
     ),
     "gives up when far": by_radius,
     "gives up with steps": by_steps,
-    "looks at others": lambda attack: batches(attack, subject(), KEY, verdicts(attack)),
-    "idle": lambda attack: single_step(subject(), KEY, float(verdicts(attack).mean())),
+    "looks at others": lambda attack: batches(attack, subject(), key_of(0), verdicts(attack)),
+    "idle": lambda attack: single_step(subject(), key_of(0), float(verdicts(attack).mean())),
 }
 
 
@@ -286,7 +314,7 @@ def test_faults_of_attacks_are_seen(fault: str):
 
 def test_an_attack_that_leaves_everything_right_at_a_large_radius_is_seen():
     def status(attack: Any, threat: Any = THREAT) -> str:
-        found = large_radius(attack, subject(threat=threat), KEY)
+        found = large_radius(attack, subject(threat=threat), key_of(0))
         assert found is not None
         return found.status
 
@@ -304,6 +332,18 @@ def test_attacked_images_from_elsewhere_are_judged_as_they_are():
     found = judge(attack=weak, transferred=images(ATTACK))
     assert raised(found)["transfer"] == "fail"
     assert found.union <= verdicts(ATTACK).mean()
+
+
+def test_other_attacks_are_compared_with_the_worst_case():
+    """A weak first attack whose evaluation goes on with a strong one fails by itself alone."""
+    weak = PGD(steps=2, step_ratio=0.01, random_start=False)
+    alone, whole = (
+        judge(attack=weak),
+        judge(attack=weak, attacked=images(ATTACK), verdicts=verdicts(weak)),
+    )
+    assert {"single step", "black box"} <= set(raised(alone))
+    assert not {"single step", "black box"} & set(raised(whole))
+    assert whole.union <= verdicts(ATTACK).mean() < verdicts(weak).mean()
 
 
 def test_no_attack_is_made_twice(monkeypatch):

@@ -19,13 +19,13 @@ from ntk_awt.kernels import analytic
 from ntk_awt.kernels.compat import predict as nt_predict
 from ntk_awt.threats import L2, Linf
 from tests.counting import Counting
+from tests.keys import key_of
 
 SLOW = (
     "test_results_have_the_dtype_of_the_images",
     "test_equals_a_slow_loop_over_phases kernel_fn-False",
 )
 
-KEY = jax.random.key(3)
 STILL = PGD(steps=8, random_start=False)
 N, SHAPE, CLASSES = 5, (3, 2), 2
 
@@ -58,7 +58,7 @@ def problem(dtype: Any = np.float64, c: int = CLASSES) -> tuple[np.ndarray, np.n
 
 def train(kernel_fn: Any, x: Any, y: Any, **options: Any) -> InfiniteTraining:
     defaults: dict[str, Any] = {
-        "threat": L2(0.2), "attack": STILL, "key": KEY, "phases": 4, "phase_time": 3.0,
+        "threat": L2(0.2), "attack": STILL, "key": key_of(3), "phases": 4, "phase_time": 3.0,
     }  # fmt: skip
     return adversarial_training(kernel_fn, x, y, **defaults | options)
 
@@ -98,7 +98,7 @@ def slow_loop(
 
     outputs = [np.asarray(value(jnp.asarray(z)))]
     for k in range(phases):
-        keys = example_keys(jax.random.fold_in(KEY, k), jnp.arange(len(x)))
+        keys = example_keys(jax.random.fold_in(key_of(3), k), jnp.arange(len(x)))
 
         def loss(points: Any) -> Any:
             return jnp.sum((value(points) - y) ** 2, -1) / 2

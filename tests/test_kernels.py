@@ -174,6 +174,7 @@ def positions(params, x):
     return h @ (-0.7 * head["kernel"]) + 2.0 * head["bias"]
 
 
+@cache
 def small():
     """`positions`: one convolution and one dense layer."""
     shapes = {"conv": (3, 2, 4), "head": (20, 3)}
@@ -186,9 +187,6 @@ def small():
         for name, shape in shapes.items()
     }
     return Network(positions, params)
-
-
-SMALL = small()
 
 
 def images(seed, n, shape=IMAGE):
@@ -249,7 +247,7 @@ FORMS: dict[str, tuple[str, tuple[str, str]]] = {
     "soft-known": ("boolean", ("kept", "soft")),
     "soft": ("real", ("jacobian", "soft")),
 }
-"""Kind of mask, and the forms of the layers of `SMALL`."""
+"""Kind of mask, and the forms of the layers of `small`."""
 
 OUTPUTS = ("full", "diagonal", "trace", 1)
 
@@ -266,25 +264,25 @@ SETTINGS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
 @cache
 def expected_small(kind, n1, n2):
     x1, x2 = images(8, n1, (5, 2)), images(9, n2, (5, 2)) if n2 else None
-    return reference(SMALL, x1, x2, **factors(SMALL.params, kind))
+    return reference(small(), x1, x2, **factors(small().params, kind))
 
 
 def settled(kind, setting, outputs, **kwargs):
-    """The kernel of `SMALL` in float64 under a setting, with its plan."""
+    """The kernel of `small` in float64 under a setting, with its plan."""
     n1, n2, arguments, changes = SETTINGS[setting]
     x1, x2 = images(8, n1, (5, 2)), images(9, n2, (5, 2)) if n2 else None
-    given = factors(SMALL.params, kind)
+    given = factors(small().params, kind)
     with jax.enable_x64(True):
         params, x1, x2, given = jax.tree.map(
-            jnp.asarray, doubled((SMALL.params, x1, x2, given))
+            jnp.asarray, doubled((small().params, x1, x2, given))
         )  # None is a pytree without leaves
         plan = kernels.plan(
-            SMALL.apply, params, x1, x2, mask=given.get("mask"), outputs=outputs,
+            small().apply, params, x1, x2, mask=given.get("mask"), outputs=outputs,
             **arguments, **kwargs,
         )  # fmt: skip
         plan = replace(plan, **changes)
         kernel = quick(
-            lambda p, x1, x2: kernels.empirical(SMALL.apply, p, x1, x2, plan=plan, **given)
+            lambda p, x1, x2: kernels.empirical(small().apply, p, x1, x2, plan=plan, **given)
         )(params, x1, x2)
         assert kernel.dtype == jnp.float64
         return kernel, plan
@@ -332,16 +330,16 @@ def test_other_engines_in_all_settings(engine, kind, setting, outputs):
 
 def test_four_blocks_of_a_large_symmetric_kernel():
     x = images(8, 66, (5, 2))
-    plan = kernels.plan(SMALL.apply, SMALL.params, x, outputs="diagonal", engine="layerwise")
+    plan = kernels.plan(small().apply, small().params, x, outputs="diagonal", engine="layerwise")
     assert len(plan.cuts) == 4
-    kernel = kernels.empirical(SMALL.apply, SMALL.params, x, plan=plan)
-    assert agree(kernel, pick(reference(SMALL, x), "diagonal"))
+    kernel = kernels.empirical(small().apply, small().params, x, plan=plan)
+    assert agree(kernel, pick(reference(small(), x), "diagonal"))
     assert np.array_equal(kernel, kernel.transpose(1, 0, 2))
 
 
 def test_empty_units_layers_and_masks():
     """Units without inputs, a layer without weights, nothing kept at all."""
-    params, x = SMALL.params, images(8, 3, (5, 2))
+    params, x = small().params, images(8, 3, (5, 2))
     ones = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
     none = jax.tree.map(np.zeros_like, ones)
     unit = jax.tree.map(np.copy, ones)
@@ -350,9 +348,9 @@ def test_empty_units_layers_and_masks():
     unit["conv"] = none["conv"]
     for form, mask in (("packed", unit), ("kept", unit), ("packed", none), ("kept", none)):
         chosen: dict[str, str] = dict(zip(LAYERS, ("kept", form), strict=True))
-        plan = kernels.plan(SMALL.apply, params, x, mask=mask, forms=chosen)
-        kernel = kernels.empirical(SMALL.apply, params, x, mask=mask, plan=plan)
-        assert agree(kernel, reference(SMALL, x, mask=mask))
+        plan = kernels.plan(small().apply, params, x, mask=mask, forms=chosen)
+        kernel = kernels.empirical(small().apply, params, x, mask=mask, plan=plan)
+        assert agree(kernel, reference(small(), x, mask=mask))
 
 
 @pytest.mark.parametrize("implementation", ["JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS"])
@@ -411,12 +409,12 @@ MISTAKES = (
 def test_wrong_kernels_are_told_apart(mistake):
     """The comparison that all other tests rest on fails for each of these, and for no other."""
     x = images(8, 4, (5, 2))
-    given = factors(SMALL.params, "boolean")
-    kernel = kernels.empirical(SMALL.apply, SMALL.params, x, **given)
+    given = factors(small().params, "boolean")
+    kernel = kernels.empirical(small().apply, small().params, x, **given)
     with jax.enable_x64(True):
-        weights = jax.tree.map(jnp.asarray, doubled(masks.effective(SMALL.params, **given)))
-        double, columns = jnp.asarray(doubled(x)), wrong(SMALL, mistake=mistake, **given)
-        found = loop_kernel(SMALL.apply, weights, double, double, columns)
+        weights = jax.tree.map(jnp.asarray, doubled(masks.effective(small().params, **given)))
+        double, columns = jnp.asarray(doubled(x)), wrong(small(), mistake=mistake, **given)
+        found = loop_kernel(small().apply, weights, double, double, columns)
     assert agree(kernel, found) == (mistake == "")
 
 
@@ -448,7 +446,7 @@ def test_symmetric_and_positive():
 
 @pytest.mark.parametrize("jacobian", ["masked", "full"])
 def test_the_two_jacobians_are_told_apart(jacobian):
-    net, x = SMALL, images(8, 4, (5, 2))
+    net, x = small(), images(8, 4, (5, 2))
     given = factors(net.params, "boolean")
     kernel = kernels.empirical(net, net.params, x, jacobian=jacobian, **given)
     other = {"masked": "full", "full": "masked"}[jacobian]
@@ -459,7 +457,7 @@ def test_the_two_jacobians_are_told_apart(jacobian):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_jacobian_at_other_weights(engine):
     """`at` replaces γ⊙m⊙θ; the factor γ⊙m of the columns stays."""
-    net, x, at = SMALL, images(8, 4, (5, 2)), noisy(SMALL.params, 11)
+    net, x, at = small(), images(8, 4, (5, 2)), noisy(small().params, 11)
     given = factors(net.params, "boolean")
     kernel = kernels.empirical(net, net.params, x, at=at, engine=engine, **given)
     assert agree(kernel, reference(net, x, at=at, **given))
@@ -468,16 +466,16 @@ def test_jacobian_at_other_weights(engine):
 
 def test_a_mask_without_gain_has_gain_one():
     x = images(8, 4, (5, 2))
-    mask = factors(SMALL.params, "boolean")["mask"]
-    kernel = kernels.empirical(SMALL, SMALL.params, x, mask=mask)
-    assert agree(kernel, reference(SMALL, x, mask=mask))
+    mask = factors(small().params, "boolean")["mask"]
+    kernel = kernels.empirical(small(), small().params, x, mask=mask)
+    assert agree(kernel, reference(small(), x, mask=mask))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "real"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_everything_traced(engine, kind):
     x1, x2 = images(8, 3, (5, 2)), images(9, 2, (5, 2))
-    given = factors(SMALL.params, kind)
+    given = factors(small().params, kind)
 
     @jax.jit
     def kernel(params, x1, x2, mask, gain):
@@ -485,8 +483,8 @@ def test_everything_traced(engine, kind):
             positions, params, x1, x2, mask=mask, gain=gain, engine=engine, outputs=2
         )
 
-    found = kernel(SMALL.params, x1, x2, given["mask"], given["gain"])
-    assert agree(found, pick(reference(SMALL, x1, x2, **given), 2))
+    found = kernel(small().params, x1, x2, given["mask"], given["gain"])
+    assert agree(found, pick(reference(small(), x1, x2, **given), 2))
 
 
 def test_a_second_call_traces_nothing():
@@ -497,9 +495,9 @@ def test_a_second_call_traces_nothing():
         traces.append(1)
         return positions(params, x)
 
-    given = factors(SMALL.params, "boolean")
+    given = factors(small().params, "boolean")
     for engine in ENGINES:
-        for params, seed in ((SMALL.params, 8), (noisy(SMALL.params, 1), 9)):
+        for params, seed in ((small().params, 8), (noisy(small().params, 1), 9)):
             first = len(traces)
             x = images(seed, 3, (5, 2))
             kernels.empirical(apply, params, x, engine=engine, outputs="trace", **given)
@@ -509,9 +507,9 @@ def test_a_second_call_traces_nothing():
 def test_a_batch_of_parameters():
     """`vmap` over networks: each has the kernel that it has alone."""
     x = images(8, 3, (5, 2))
-    stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), SMALL.params, noisy(SMALL.params, 1))
+    stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), small().params, noisy(small().params, 1))
     found = jax.vmap(lambda p: kernels.empirical(positions, p, x))(stack)
-    one = kernels.empirical(positions, noisy(SMALL.params, 1), x)
+    one = kernels.empirical(positions, noisy(small().params, 1), x)
     assert agree(found[1], np.asarray(one, np.float64))
 
 
@@ -520,7 +518,7 @@ def test_a_function_that_closes_over_traced_values():
     x = images(8, 3, (5, 2))
 
     def scalar(c):
-        kernel = kernels.empirical(lambda p, x: positions(p, c * x), SMALL.params, x)
+        kernel = kernels.empirical(lambda p, x: positions(p, c * x), small().params, x)
         return jnp.sum(kernel)
 
     slope = (scalar(1.01) - scalar(0.99)) / 0.02
@@ -537,9 +535,9 @@ def test_computing_in_a_smaller_type(engine):
         return positions(half, x.astype(jnp.bfloat16))
 
     x = images(8, 3, (5, 2))
-    kernel = kernels.empirical(apply, SMALL.params, x, engine=engine)
+    kernel = kernels.empirical(apply, small().params, x, engine=engine)
     assert kernel.dtype == jnp.float32
-    assert agree(kernel, reference(SMALL, x), 0.05)
+    assert agree(kernel, reference(small(), x), 0.05)
 
 
 # ---------------------------------------------------------------- derivatives
@@ -570,10 +568,10 @@ def test_derivatives_agree_with_finite_differences(case):
     engine, form, setting = DERIVATIVES[case]
     kind, chosen = FORMS[form]
     _, n2, arguments, changes = SETTINGS[setting]
-    given = factors(SMALL.params, kind)
+    given = factors(small().params, kind)
     with jax.enable_x64(True):
         x1, x2 = images(8, 3, (5, 2)), images(9, 2, (5, 2))
-        params, x1, x2, given = jax.tree.map(jnp.asarray, doubled((SMALL.params, x1, x2, given)))
+        params, x1, x2, given = jax.tree.map(jnp.asarray, doubled((small().params, x1, x2, given)))
         right = x2 if n2 else None
         layers: dict[str, str] = dict(zip(LAYERS, chosen, strict=True))
         forced = layers if engine == "layerwise" else None

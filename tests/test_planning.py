@@ -3,6 +3,7 @@
 import itertools
 import re
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from ntk_awt.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import forms, planning, program
 from ntk_awt.kernels.engines import ENGINES
-from tests.test_kernels import LAYERS, SMALL, factors, images, positions
+from tests.test_kernels import LAYERS, factors, images, positions, small
 
 SLOW = ("test_explicit_jacobians_keep_to_the_memory",)
 
-WIDE = models.build(ModelConfig(widths=(100, 50)), (12, 12, 1), 4, jax.random.key(1))
+
+@cache
+def wide():
+    return models.build(ModelConfig(widths=(100, 50)), (12, 12, 1), 4, jax.random.key(1))
 
 
 def wide_images(n):
@@ -29,13 +33,26 @@ def sparse(params, density):
     return masks.make(masks.random_scores(jax.random.key(5), params), density, "erk")
 
 
-X = images(8, 6, (5, 2))
-GIVEN = factors(SMALL.params, "boolean")
+@cache
+def pictures():
+    return images(8, 6, (5, 2))
 
 
-def plan(x1=X, x2=None, **kwargs):
-    return kernels.plan(positions, SMALL.params, x1, x2, **kwargs)
+@cache
+def given():
+    return factors(small().params, "boolean")
 
+
+def plan(x1=None, x2=None, **kwargs):
+    x1 = pictures() if x1 is None else x1
+    return kernels.plan(positions, small().params, x1, x2, **kwargs)
+
+
+NOTHING = np.zeros((0, 5, 2), np.float32)
+WHOLE = {
+    "conv": {"kernel": np.ones((3, 2, 4), bool), "bias": np.ones(4, bool)},
+    "head": {"kernel": np.ones((20, 3), bool), "bias": np.ones(3, bool)},
+}
 
 # ---------------------------------------------------------------- sizes
 
@@ -46,7 +63,7 @@ def test_sizes_of_the_layers():
     assert (conv.positions, conv.inputs, conv.units) == (5, 3 * 2 + 1, 4)
     assert (head.positions, head.inputs, head.units) == (1, 20 + 1, 3)
     assert (conv.kept, head.kept) == (28, 63)
-    mask = GIVEN["mask"]
+    mask = given()["mask"]
     for layer, name in zip(plan(mask=mask).layers, ("conv", "head"), strict=True):
         assert layer.kept == sum(int(leaf.sum()) for leaf in jax.tree.leaves(mask[name]))
     assert [layer.kept for layer in plan(mask=jax.tree.map(jnp.float32, mask)).layers] == [None] * 2
@@ -58,12 +75,13 @@ def test_sizes_of_the_layers():
 )
 def test_shape_and_bytes_are_those_of_the_kernel(outputs, shape):
     found = plan(outputs=outputs)
-    kernel = jax.eval_shape(lambda p: kernels.empirical(SMALL, p, X, plan=found), SMALL.params)
+    net, x = small(), pictures()
+    kernel = jax.eval_shape(lambda p: kernels.empirical(net, p, x, plan=found), net.params)
     assert found.shape == shape == kernel.shape
     assert found.bytes[0] == kernel.size * 4
     assert found.symmetric
-    assert plan(X, X[:2], outputs=outputs).shape == (6, 2, *shape[2:])
-    assert not plan(X, X[:2], outputs=outputs).symmetric
+    assert plan(pictures(), pictures()[:2], outputs=outputs).shape == (6, 2, *shape[2:])
+    assert not plan(pictures(), pictures()[:2], outputs=outputs).symmetric
 
 
 def test_rows_hold_each_kept_input_once():
@@ -90,7 +108,7 @@ def test_rows_hold_each_kept_input_once():
 @pytest.mark.parametrize("outputs", ["full", "trace"])
 def test_the_cheapest_is_chosen(kind, outputs):
     """Form by form, then the engine; nothing else is forced or named."""
-    mask = factors(SMALL.params, kind).get("mask")
+    mask = factors(small().params, kind).get("mask")
     found = plan(mask=mask, outputs=outputs)
     for layer in found.layers:
         costs = dict(layer.costs)
@@ -107,11 +125,11 @@ def test_the_cheapest_is_chosen(kind, outputs):
 
 def test_cost_of_the_engines_follows_the_layers():
     """A form that costs more by so much makes its engine cost more by as much."""
-    cheap = plan(engine="layerwise", mask=GIVEN["mask"])
+    cheap = plan(engine="layerwise", mask=given()["mask"])
     for layer, (form, cost) in itertools.chain.from_iterable(
         itertools.product([layer], layer.costs) for layer in cheap.layers
     ):
-        dear = plan(mask=GIVEN["mask"], forms={layer.name.split()[0]: form})
+        dear = plan(mask=given()["mask"], forms={layer.name.split()[0]: form})
         more = dict(dear.costs)["layerwise"] - dict(cheap.costs)["layerwise"]
         assert more == pytest.approx(cost - dict(layer.costs)[layer.form])
         assert dict(dear.costs)["products"] == dict(cheap.costs)["products"]
@@ -121,7 +139,7 @@ def test_masked_cost_falls_with_the_density():
     x = wide_images(32)
     costs = []
     for density in (0.5, 0.2, 0.1, 0.05, 0.03):
-        found = kernels.plan(WIDE, WIDE.params, x, mask=sparse(WIDE.params, density))
+        found = kernels.plan(wide(), wide().params, x, mask=sparse(wide().params, density))
         costs.append(dict(found.costs)["layerwise"])
         assert density > 0.05 or found.layers[0].form in ("packed", "kept")
     assert costs == sorted(costs, reverse=True)
@@ -129,8 +147,8 @@ def test_masked_cost_falls_with_the_density():
 
 def test_half_the_pairs_cost_about_half():
     x = wide_images(64)
-    half = dict(kernels.plan(WIDE, WIDE.params, x, engine="contraction").costs)
-    whole = dict(kernels.plan(WIDE, WIDE.params, x, x, engine="contraction").costs)
+    half = dict(kernels.plan(wide(), wide().params, x, engine="contraction").costs)
+    whole = dict(kernels.plan(wide(), wide().params, x, x, engine="contraction").costs)
     assert 0.45 < half["layerwise"] / whole["layerwise"] < 0.6
     assert 0.45 < half["contraction"] / whole["contraction"] < 0.6
 
@@ -142,22 +160,22 @@ def test_engines_can_be_forced(engine):
 
 @pytest.mark.parametrize("form", ["jacobian", "kept", "packed", "soft"])
 def test_forms_can_be_forced(form):
-    found = plan(mask=GIVEN["mask"], forms={"head/kernel": form})
+    found = plan(mask=given()["mask"], forms={"head/kernel": form})
     assert found.engine == "layerwise"
     assert found.layers[1].form == form
     assert (found.layers[1].width > 0) == (form in ("kept", "packed"))
-    assert found.layers[0].form == plan(mask=GIVEN["mask"]).layers[0].form
+    assert found.layers[0].form == plan(mask=given()["mask"]).layers[0].form
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_traced_mask_has_no_rows(known):
     """Under jit the forms that need the mask's values are no choice; closed over, they are."""
-    mask, seen = sparse(WIDE.params, 0.03), []
+    mask, seen = sparse(wide().params, 0.03), []
 
     @jax.jit
     def run(traced):
         seen.append(
-            kernels.plan(WIDE, WIDE.params, wide_images(32), mask=mask if known else traced)
+            kernels.plan(wide(), wide().params, wide_images(32), mask=mask if known else traced)
         )
         return 0
 
@@ -170,7 +188,7 @@ def test_a_traced_mask_has_no_rows(known):
 
 
 def test_models_are_taken_as_by_empirical():
-    assert kernels.plan(SMALL, SMALL.params, X) == kernels.plan(positions, SMALL.params, X)
+    assert kernels.plan(small(), small().params, pictures()) == plan()
 
 
 def test_number_of_a_logit_may_be_of_numpy():
@@ -190,7 +208,7 @@ def test_tiles_and_cuts():
         assert rows == list(range(n))
         assert all(first == start for start, _, first in cuts)
         assert len(cuts) == (4 if n >= 64 else 2 if n >= 16 else 1)
-        assert plan(images(8, n, (5, 2)), X).cuts == ((0, n, 0),)
+        assert plan(images(8, n, (5, 2)), pictures()).cuts == ((0, n, 0),)
     assert plan(batch=4).tile == 4
     assert plan(batch=100).tile == 6
 
@@ -198,9 +216,9 @@ def test_tiles_and_cuts():
 def temporary(memory, **kwargs):
     """Bytes of temporary arrays of the compiled kernel, and the plan."""
     x = wide_images(64)
-    found = kernels.plan(WIDE, WIDE.params, x, memory=memory, **kwargs)
-    run = jax.jit(lambda p, x: kernels.empirical(WIDE, p, x, mask=kwargs.get("mask"), plan=found))
-    analysis = run.lower(WIDE.params, x).compile().memory_analysis()
+    found = kernels.plan(wide(), wide().params, x, memory=memory, **kwargs)
+    run = jax.jit(lambda p, x: kernels.empirical(wide(), p, x, mask=kwargs.get("mask"), plan=found))
+    analysis = run.lower(wide().params, x).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes, found
 
@@ -220,7 +238,7 @@ def test_less_memory_is_taken_where_there_is_less(engine, little):
 def test_explicit_jacobians_keep_to_the_memory():
     """In chunks of units where the mask is not known."""
     chosen = dict.fromkeys(("dense1/kernel", "dense2/kernel"), "jacobian")
-    mask = jax.tree.map(jnp.float32, sparse(WIDE.params, 0.1))
+    mask = jax.tree.map(jnp.float32, sparse(wide().params, 0.1))
     much, whole = temporary(2**30, forms=chosen, mask=mask)
     less, parts = temporary(2**20, forms=chosen, mask=mask)
     assert [layer.chunks for layer in whole.layers[:2]] == [1, 1]
@@ -232,14 +250,14 @@ def test_explicit_jacobians_keep_to_the_memory():
 def test_engine_that_fits_is_chosen():
     """A Jacobian that does not fit is no choice, however cheap."""
     x = wide_images(4)
-    assert kernels.plan(WIDE, WIDE.params, x, memory=100).engine == "products"
+    assert kernels.plan(wide(), wide().params, x, memory=100).engine == "products"
 
 
 # ---------------------------------------------------------------- the table
 
 
 def test_printed_plan():
-    found = plan(mask=GIVEN["mask"], forms={"conv/kernel": "kept", "head/kernel": "packed"})
+    found = plan(mask=given()["mask"], forms={"conv/kernel": "kept", "head/kernel": "packed"})
     first, second, third, header, *rows = str(found).splitlines()
     assert first == "masked kernel [6, 6, 3, 3], outputs full, upper half only: 1.27 KiB"
     for engine, cost in found.costs:
@@ -302,22 +320,21 @@ def test_bytes_as_people_read_them(count, text):
         ({"outputs": True}, "outputs: .*got True"),
         ({"batch": 0}, "batch: expected a whole number ≥ 1"),
         ({"memory": 0}, "memory: expected a number"),
-        ({"x1": X[:0]}, "images x1: expected a whole number ≥ 1, got 0"),
-        ({"x2": X[:0]}, "images x2: expected a whole number ≥ 1, got 0"),
+        ({"x1": NOTHING}, "images x1: expected a whole number ≥ 1, got 0"),
+        ({"x2": NOTHING}, "images x2: expected a whole number ≥ 1, got 0"),
         (
             {"forms": {"mid/kernel": "gram"}},
             "forms: expected layers among conv/kernel, head/kernel",
         ),
         ({"forms": {"head/kernel": "grams"}}, "form of head/kernel: .*did you mean 'gram'"),
         ({"forms": {"head/kernel": "soft"}}, "form of head/kernel: expected one of gram, jacobian"),
-        ({"forms": {"conv/kernel": "packed"}, **GIVEN}, "form of conv/kernel: .*got packed"),
-        ({"forms": {"head/kernel": "gram"}, **GIVEN}, "form of head/kernel: .*got gram"),
+        ({"forms": {"conv/kernel": "packed"}, "mask": WHOLE}, "form of conv/kernel: .*got packed"),
+        ({"forms": {"head/kernel": "gram"}, "mask": WHOLE}, "form of head/kernel: .*got gram"),
         ({"forms": {"head/kernel": "gram"}, "engine": "products"}, "forms: .*'layerwise'"),
-        ({"mask": {"conv": GIVEN["mask"]["conv"]}}, "mask head/bias: expected a leaf"),
+        ({"mask": {"conv": WHOLE["conv"]}}, "mask head/bias: expected a leaf"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
-    arguments = {name: value for name, value in arguments.items() if name != "gain"}
     with pytest.raises(InputError, match=message):
         plan(**arguments)
 
@@ -328,7 +345,7 @@ def test_a_kernel_too_large_is_refused_before_it_starts(monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda: 100_000)
     sizes = r"kernel \[100, 100, 3, 3\]: expected at most 48\.8 KiB .*got 352 KiB; "
     with pytest.raises(InputError, match=sizes + ".*outputs='trace'.*kernels.probes"):
-        kernels.empirical(positions, SMALL.params, x)
+        kernels.empirical(positions, small().params, x)
     with pytest.raises(InputError, match="fewer images"):
         plan(images(8, 200, (5, 2)), outputs="trace")
     assert plan(x, outputs="trace").shape == (100, 100)
@@ -341,46 +358,49 @@ def test_free_memory_is_that_of_this_machine():
 
 def test_a_plan_for_something_else_is_refused():
     """Other numbers of images, another network, a mask that the plan does not know."""
-    mask = GIVEN["mask"]
+    mask = given()["mask"]
 
-    def run(found, x1=X, x2=None, **given):
-        return kernels.empirical(positions, SMALL.params, x1, x2, plan=found, **given)
+    def run(found, x1=None, x2=None, **factors):
+        x1 = pictures() if x1 is None else x1
+        return kernels.empirical(positions, small().params, x1, x2, plan=found, **factors)
 
     with pytest.raises(InputError, match=r"plan: expected \[6, 6\] images, x2 not given, got \[5"):
-        run(plan(), X[:5])
+        run(plan(), pictures()[:5])
     with pytest.raises(InputError, match=r"plan: expected .*x2 not given, got .*x2 given"):
-        run(plan(), X, X)
+        run(plan(), pictures(), pictures())
     with pytest.raises(InputError, match=r"plan: expected no mask.*got a mask"):
-        run(plan(), **GIVEN)
+        run(plan(), **given())
     with pytest.raises(InputError, match=r"plan: expected a mask.*got no mask"):
         run(plan(mask=mask))
     with pytest.raises(InputError, match=r"plan: expected a mask.*got no mask"):
-        run(plan(mask=mask), jacobian="full", **GIVEN)
+        run(plan(mask=mask), jacobian="full", **given())
     packed = plan(mask=mask, forms={"head/kernel": "packed"})
     with pytest.raises(InputError, match=r"mask: expected booleans known beforehand.*head/kernel"):
         jax.jit(lambda m: run(packed, mask=m))(mask)
     with pytest.raises(InputError, match=r"plan: expected layers .*\(5, 7, 4\), \(1, 21, 3\)"):
-        kernels.empirical(WIDE, WIDE.params, wide_images(6), plan=plan(engine="layerwise"))
+        kernels.empirical(wide(), wide().params, wide_images(6), plan=plan(engine="layerwise"))
 
 
 def test_a_plan_for_another_mask_of_its_size_gives_that_masks_kernel():
     """Rows are packed anew from the mask that is given."""
-    other = jax.tree.map(lambda m: ~m, GIVEN["mask"])
+    other = jax.tree.map(lambda m: ~m, given()["mask"])
     for chosen in ("packed", "kept"):
-        found = plan(mask=GIVEN["mask"], forms={"conv/kernel": "kept", "head/kernel": chosen})
-        kernel = kernels.empirical(SMALL, SMALL.params, X, mask=other, plan=found)
-        wanted = kernels.empirical(SMALL, SMALL.params, X, mask=other, engine="products")
+        found = plan(mask=given()["mask"], forms={"conv/kernel": "kept", "head/kernel": chosen})
+        kernel = kernels.empirical(small(), small().params, pictures(), mask=other, plan=found)
+        wanted = kernels.empirical(
+            small(), small().params, pictures(), mask=other, engine="products"
+        )
         np.testing.assert_allclose(kernel, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
 def test_masks_that_keep_as_much_in_each_unit_need_no_empty_rows():
     """Their selections have equal shapes, and the kernel is the same with and without padding."""
-    mask, x = sparse(WIDE.params, 0.2), wide_images(3)
+    mask, x = sparse(wide().params, 0.2), wide_images(3)
     turned = jax.tree.map(lambda m: m[::-1] if m.ndim > 1 else m, mask)
-    found = kernels.plan(WIDE, WIDE.params, x, mask=mask, forms={"dense1/kernel": "packed"})
+    found = kernels.plan(wide(), wide().params, x, mask=mask, forms={"dense1/kernel": "packed"})
 
     def selected(mask, padded):
-        return kernels.selection(found, WIDE, WIDE.params, x, mask, padded=padded)
+        return kernels.selection(found, wide(), wide().params, x, mask, padded=padded)
 
     exact, padded = selected(turned, False), selected(turned, True)
     assert exact[0].valid.any(axis=1).all()
@@ -389,9 +409,9 @@ def test_masks_that_keep_as_much_in_each_unit_need_no_empty_rows():
 
     @jax.jit
     def kernel(mask, entries):
-        return kernels.empirical(WIDE, WIDE.params, x, mask=mask, plan=found, selection=entries)
+        return kernels.empirical(wide(), wide().params, x, mask=mask, plan=found, selection=entries)
 
-    wanted = kernels.empirical(WIDE, WIDE.params, x, mask=turned, engine="products")
+    wanted = kernels.empirical(wide(), wide().params, x, mask=turned, engine="products")
     for entries in (exact, padded):
         np.testing.assert_allclose(
             kernel(turned, entries), wanted, rtol=1e-4, atol=1e-5 * float(wanted.max())
@@ -402,7 +422,7 @@ def test_masks_that_keep_as_much_in_each_unit_need_no_empty_rows():
 
 def test_plans_that_compute_the_same_are_equal():
     """What it cost to choose them does not count: jit compiles once for them."""
-    found = plan(mask=GIVEN["mask"])
+    found = plan(mask=given()["mask"])
     head = replace(found.layers[1], costs=(), kept=1)
     same = replace(found, costs=(), bytes=(0, 0), layers=(found.layers[0], head))
     assert same == found
@@ -417,7 +437,7 @@ def test_plans_that_compute_the_same_are_equal():
 
 def test_wrong_tables_are_told_apart():
     """What the checks above rest on fails for a plan that chose the dearest form."""
-    found = plan(mask=GIVEN["mask"])
+    found = plan(mask=given()["mask"])
     head = found.layers[1]
     worst = max(head.costs, key=lambda entry: entry[1])[0]
     wrong = replace(found, layers=(found.layers[0], replace(head, form=worst)))
@@ -428,10 +448,10 @@ def test_wrong_tables_are_told_apart():
 
 def test_matrix_of_a_mask_is_in_the_order_of_the_rows():
     """[inputs, units]: inputs of a convolution are window × channel, the bias the last."""
-    traced = program.trace(positions, SMALL.params, X)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(GIVEN["mask"])]
+    traced = program.trace(positions, small().params, pictures())
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(given()["mask"])]
     conv, head = (planning.matrix(traced, site, leaves) for site in traced.sites)
     for found, name, inputs in ((conv, "conv", 6), (head, "head", 20)):
-        mask = GIVEN["mask"][name]
+        mask = given()["mask"][name]
         assert np.array_equal(found[:-1], mask["kernel"].reshape(inputs, -1))
         assert np.array_equal(found[-1], mask["bias"])

@@ -13,6 +13,7 @@ from ntk_awt.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import probes
 from ntk_awt.types import Network
+from tests.keys import key_of
 from tests.quick import quick
 
 SLOW = (
@@ -36,7 +37,6 @@ SLOW = (
 
 IMAGE = (6, 6, 1)
 CLASSES = 2
-KEY = jax.random.key(0)
 
 # ---------------------------------------------------------------- networks and their kernels
 
@@ -253,7 +253,7 @@ def sampler(names, transposed, settings):
 
 
 def draws(a, b, count, names=tuple(ESTIMATES), transposed="right", **settings):
-    keys = jax.random.split(KEY, count)
+    keys = jax.random.split(key_of(0), count)
     return sampler(names, transposed, tuple(settings.items()))(a, b, keys)
 
 
@@ -440,7 +440,7 @@ def test_estimates_of_networks_cover_the_exact_values():
             probes.relative_squared_distance(dense, sparse, key),
         )
 
-    distance, relative = both(jax.random.split(KEY, 100))
+    distance, relative = both(jax.random.split(key_of(0), 100))
     expected = np.sum((a - b) ** 2)
     assert coverage(distance, expected) >= 0.9
     assert coverage(relative, expected / np.sum(a**2)) >= 0.9
@@ -505,14 +505,14 @@ def test_gradients_are_exact_with_a_full_sketch_and_unbiased_with_a_small_one():
         )
         wrong = np.where(from_mask, 0, expected)
 
-        full = partial(estimate, key=KEY, sketch=8, probes=2)
+        full = partial(estimate, key=key_of(0), sketch=8, probes=2)
         found = flat(quick(jax.grad(full))(variables))
         size = np.linalg.norm(expected)
         assert np.linalg.norm(found - expected) < 1e-11 * size
         assert np.linalg.norm(wrong - expected) > 1e-2 * size
 
         draw = jax.vmap(jax.grad(partial(estimate, sketch=2, probes=2)), in_axes=(None, 0))
-        found = quick(draw)(variables, jax.random.split(KEY, 600))
+        found = quick(draw)(variables, jax.random.split(key_of(0), 600))
         rows = np.concatenate([a.reshape(600, -1) for a in jax.tree.leaves(found)], axis=1)
         random = np.random.default_rng(0).normal(size=(4, expected.size))
         directions = np.stack([expected, *random])
@@ -526,7 +526,7 @@ def test_gradients_are_finite_where_nothing_is_left():
     def values(scale):
         j = scale * jnp.arange(1.0, 25.0)[:, None]
         first, second = by_hand(j @ j.T), by_hand(jnp.eye(24))
-        found = [estimate(first, second, KEY) for estimate, _ in ESTIMATES.values()]
+        found = [estimate(first, second, key_of(0)) for estimate, _ in ESTIMATES.values()]
         return jnp.stack([f.value + 0 * f.standard_error for f in found])
 
     assert np.isfinite(quick(jax.jacfwd(values))(1.5)).all()
@@ -539,7 +539,7 @@ def test_gradients_are_finite_where_nothing_is_left():
 def lowered(function, n) -> Any:
     """A function of (params, images [n, 6], vector or key) as a program, not yet compiled."""
     x = jax.ShapeDtypeStruct((n, 6), jnp.float32)
-    return quick(function).lower(hand(64).params, x, KEY)
+    return quick(function).lower(hand(64).params, x, key_of(0))
 
 
 def distance(params, x, key):
@@ -601,7 +601,7 @@ def test_ritz_values_lie_within_their_residuals(iterations):
     matrix, _ = pair("symmetric")
     with jax.enable_x64(True):
         product = by_hand(matrix, symmetric=True)
-        found = probes.top_eigenvalues(product, 2, KEY, iterations=iterations)
+        found = probes.top_eigenvalues(product, 2, key_of(0), iterations=iterations)
         check_eigenvalues(found, matrix, 1e-12)
         assert (np.max(found.residuals) < 1e-10) == (iterations == 4)  # 4·(2 + 4) = all of 24
         wrong = found._replace(values=found.values + 2 * found.residuals + 1e-9)
@@ -615,7 +615,7 @@ def test_eigenvalues_of_kernels_of_any_rank(rank, k):
     j = np.random.default_rng(0).normal(size=(24, rank)).astype(np.float32)
     matrix = j @ j.T
     product = by_hand(matrix, symmetric=True)
-    found = quick(lambda: probes.top_eigenvalues(product, k, KEY, iterations=3))()
+    found = quick(lambda: probes.top_eigenvalues(product, k, key_of(0), iterations=3))()
     assert found.values.dtype == jnp.float32
     check_eigenvalues(found, matrix.astype(np.float64), 3e-6)
     if k < 24 and rank <= 3:
@@ -632,7 +632,7 @@ def test_a_krylov_space_finds_more_than_its_last_block():
     matrix = (matrix + matrix.T) / 2
     with jax.enable_x64(True):
         product = by_hand(matrix, symmetric=True)
-        found = quick(lambda: probes.top_eigenvalues(product, 4, KEY, iterations=8))()
+        found = quick(lambda: probes.top_eigenvalues(product, 4, key_of(0), iterations=8))()
         check_eigenvalues(found, matrix, 1e-12)
     block = rng.normal(size=(600, 8))
     for _ in range(8):
@@ -645,7 +645,7 @@ def test_a_krylov_space_finds_more_than_its_last_block():
 def test_eigenvalues_of_a_network_and_their_gradient():
     with jax.enable_x64(True):
         net = hand()
-        params, x = doubled((net.params, jax.random.normal(KEY, (6, 6))))
+        params, x = doubled((net.params, jax.random.normal(key_of(0), (6, 6))))
         weights = jnp.array([1.0, 10.0, 100.0])
 
         def exact_top(params):
@@ -654,7 +654,7 @@ def test_eigenvalues_of_a_network_and_their_gradient():
 
         def found_top(params):
             product = probes.kernel_product(net.apply, params, x, batch=4)
-            values = probes.top_eigenvalues(product, 3, KEY, iterations=2).values  # of all 12
+            values = probes.top_eigenvalues(product, 3, key_of(0), iterations=2).values  # of all 12
             return values @ weights, values
 
         (slope, values), (exact_slope, exact_values) = (
@@ -693,22 +693,22 @@ def test_bad_input_is_named():
     with pytest.raises(InputError, match="got int32 of shape"):
         square(jnp.zeros((2, 2), int))
     with pytest.raises(InputError, match="products: expected kernels of the same shape"):
-        probes.squared_distance(square, mixed, KEY)
+        probes.squared_distance(square, mixed, key_of(0))
     with pytest.raises(InputError, match="sketch: expected a whole number ≥ 1"):
-        probes.squared_norm(square, KEY, sketch=0)
+        probes.squared_norm(square, key_of(0), sketch=0)
     with pytest.raises(InputError, match="probes: expected a whole number ≥ 2"):
-        probes.trace(square, KEY, probes=1)
+        probes.trace(square, key_of(0), probes=1)
     with pytest.raises(InputError, match="as many rows as columns"):
-        probes.trace(mixed, KEY)
+        probes.trace(mixed, key_of(0))
     with pytest.raises(InputError, match="as many rows as columns"):
-        probes.label_alignment(mixed, jnp.ones((2, 2)), KEY)
+        probes.label_alignment(mixed, jnp.ones((2, 2)), key_of(0))
     with pytest.raises(InputError, match=r"targets: expected shape \(2, 2\)"):
-        probes.label_alignment(square, jnp.ones((3, 2)), KEY)
+        probes.label_alignment(square, jnp.ones((3, 2)), key_of(0))
     with pytest.raises(InputError, match="symmetric"):
-        probes.top_eigenvalues(mixed, 1, KEY)
+        probes.top_eigenvalues(mixed, 1, key_of(0))
     with pytest.raises(InputError, match="k: expected at most 4"):
-        probes.top_eigenvalues(square, 5, KEY)
+        probes.top_eigenvalues(square, 5, key_of(0))
     with pytest.raises(InputError, match="iterations"):
-        probes.top_eigenvalues(square, 1, KEY, iterations=0)
+        probes.top_eigenvalues(square, 1, key_of(0), iterations=0)
     with pytest.raises(InputError, match="level"):
         probes.Estimate(jnp.float32(1), jnp.float32(1), 3).interval(1.5)

@@ -23,6 +23,7 @@ from ntk_awt import kernels
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import sharded
 from ntk_awt.types import Network
+from tests.compiled import branch
 
 SLOW = ("test_gradient_sums_over_the_devices mlp-ticket",)
 
@@ -227,7 +228,7 @@ def one_of_two(folder, port, rank):
     (folder / f"rank{rank}.json").write_text(json.dumps(held))
 
 
-def start(devices, call, log):
+def start(devices, call, log, environment=os.environ):
     """A process with so many simulated devices that calls a function of this file."""
     flags = os.environ.get("XLA_FLAGS", "")
     more = {
@@ -237,7 +238,7 @@ def start(devices, call, log):
     code = f"from pathlib import PosixPath; from tests import test_sharded as t; t.{call}"
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | more, stdout=file, stderr=file
+            [sys.executable, "-c", code], cwd=ROOT, env=environment | more, stdout=file, stderr=file
         )
 
 
@@ -339,15 +340,17 @@ def test_each_device_does_a_quarter_of_the_work(four):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-    except OSError as error:
-        pytest.skip(f"two processes need a socket on this machine: {error}")
     logs = [folder / f"log{rank}" for rank in (0, 1)]
-    calls = [f"one_of_two({folder!r}, {port}, {rank})" for rank in (0, 1)]
-    finish([start(2, call, log) for call, log in zip(calls, logs, strict=True)], logs)
+    with socket.socket() as held:
+        try:
+            # Held while they run, so that nobody else is given the port; they can share it.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(("127.0.0.1", 0))
+        except OSError as error:
+            pytest.skip(f"two processes need a socket on this machine: {error}")
+        port = held.getsockname()[1]
+        calls = [f"one_of_two({folder!r}, {port}, {rank})" for rank in (0, 1)]
+        finish([start(2, call, log, branch()) for call, log in zip(calls, logs, strict=True)], logs)
     results = []
     for rank in (0, 1):
         with np.load(folder / f"rank{rank}.npz") as file:

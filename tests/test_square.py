@@ -7,24 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import Square, cross_entropy, example_keys
+from ntk_awt.attacks import Square, cross_entropy
 from ntk_awt.attacks.square import shares
 from ntk_awt.errors import InputError
 from ntk_awt.threats import L2, Linf
 from tests import threat_models
+from tests.keys import keys_of
 
 N, SHAPE = 6, (6, 6, 2)
 RNG = np.random.default_rng(0)
 X = RNG.uniform(0.3, 0.7, (N, *SHAPE)).astype(np.float32)
-W = jnp.asarray(RNG.normal(size=(int(np.prod(SHAPE)), 3)), jnp.float32)
-KEYS = example_keys(jax.random.key(0), jnp.arange(N))
+W = RNG.normal(size=(int(np.prod(SHAPE)), 3)).astype(np.float32)
 
 
 def linear(params: Any, x: Any) -> Any:
     return x.reshape(len(x), -1) @ params
 
 
-Y = np.asarray(linear(W, jnp.asarray(X))).argmax(1)
+Y = linear(W, X).argmax(1)
 
 
 def visited(attack: Square, threat: Any, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ def visited(attack: Square, threat: Any, offset: float = 0.0) -> tuple[np.ndarra
         return linear(params, x) + offset * jax.nn.one_hot(Y, 3)
 
     loss = cross_entropy(recorded, W, jnp.asarray(Y))
-    z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, KEYS)[0])(threat)
+    z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, keys_of(0, N))[0])(threat)
     jax.effects_barrier()
     return np.stack(seen), np.asarray(z)
 
@@ -126,7 +126,7 @@ def test_near_the_optimum_of_linear_classifiers(name: str):
         return jnp.stack([100.0 + 0 * ahead, ahead], axis=1)
 
     loss = cross_entropy(two, jnp.asarray(w, jnp.float32), jnp.zeros(N, int))
-    z = jax.jit(lambda t: Square(steps=1500).run(loss, jnp.asarray(X), t, KEYS)[0])(threat)
+    z = jax.jit(lambda t: Square(steps=1500).run(loss, jnp.asarray(X), t, keys_of(0, N))[0])(threat)
     gained = (np.asarray(z, np.float64) - X).reshape(N, -1) @ w
     most = threat_models.reach(name, w[None], epsilon)[0]
     # One pixel is the smallest square of L∞; windows of L2 have three pixels a side at least.
@@ -138,7 +138,8 @@ def test_near_the_optimum_of_linear_classifiers(name: str):
 def test_images_that_are_vectors():
     x, w = X.reshape(N, -1), W
     loss = cross_entropy(linear, w, jnp.asarray(Y))
-    z, _ = jax.jit(lambda t: Square(steps=200).run(loss, jnp.asarray(x), t, KEYS))(Linf(0.1))
+    keys = keys_of(0, N)
+    z, _ = jax.jit(lambda t: Square(steps=200).run(loss, jnp.asarray(x), t, keys))(Linf(0.1))
     assert z.shape == x.shape
     assert np.any(np.asarray(linear(w, z)).argmax(1) != Y)
 
@@ -155,7 +156,7 @@ def test_channels_that_are_given():
 
         attack, loss = Square(20, channels=channels), cross_entropy(never_wrong, w, jnp.asarray(Y))
         return np.asarray(
-            jax.jit(lambda t: attack.run(loss, jnp.asarray(z), t, KEYS)[0])(Linf(0.1))
+            jax.jit(lambda t: attack.run(loss, jnp.asarray(z), t, keys_of(0, N))[0])(Linf(0.1))
         )
 
     wanted = found(x, None)

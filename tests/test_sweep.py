@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import scipy.stats
 from ntk_awt import cli, experiment, sweep
 from ntk_awt.errors import InputError
 from ntk_awt.experiment import Paths, Silent
+from ntk_awt.verdicts import count
 
 SLOW = ("test_finished_runs_are_not_run_again",)
 
@@ -22,7 +24,7 @@ model = {widths = [16]}
 attack = {attack_steps = 2}
 train = {epochs = 2}
 record = {probe_size = 4}
-evaluation = {evaluation_steps = 3}
+evaluation = {attacks = ["apgd-ce"], evaluation_steps = 3}
 
 [ticket]
 ticket_steps = 4
@@ -146,7 +148,7 @@ def test_the_dense_network_is_trained_once(finished):
             assert found["networks"][name]["density"] == pytest.approx(density, rel=0.01)
 
 
-def test_the_table_is_that_of_the_runs(finished):
+def test_the_table_is_that_of_the_runs(finished, file):
     found = json.loads((finished / "sweep.json").read_text())
     rows = {(row["density"], row["network"]): row for row in found["table"]}
     assert len(rows) == 8
@@ -158,6 +160,13 @@ def test_the_table_is_that_of_the_runs(finished):
     difference = one["robust_accuracy"] - random["robust_accuracy"]
     assert row["robust_against_random"]["mean"] == pytest.approx(difference)
     assert rows[0.3, "dense"]["robust_against_random"] is None
+    judged = sweep.judge(sweep.load(file, quick=True), finished)
+    assert len(judged) == 7  # the dense network once
+    assert {one.name for one in judged} >= {"dense, seed 0", "mine, density 0.3, seed 0"}
+    for (density, name), cell in rows.items():
+        label = "dense, seed 0" if name == "dense" else f"{name}, density {density:g}, seed 0"
+        (verdict,) = (one for one in judged if one.name == label)
+        assert cell["failed_checks"] == (verdict.status == "failed")
     assert (
         rows[0.3, "random"]["search_epochs"]["mean"] < rows[0.3, "rewind"]["search_epochs"]["mean"]
     )
@@ -168,8 +177,35 @@ def test_the_table_is_that_of_the_runs(finished):
     for name in ("accuracy", "gap", "kernel", "relations"):
         assert (finished / "figures" / f"{name}.png").exists()
     page = (finished / "sweep.html").read_text()
+    assert f"Checks: {count(judged)}" in page
+    assert all(f'<li class="{one.status}">{one.name}' in page for one in judged)
     assert 'src="data:image/svg' in page
     assert "http" not in page.replace("http://www.w3", "")
+
+
+def test_a_failed_check_of_a_sweep_is_seen(finished, file, tmp_path, capsys):
+    """Exit code 1 with --strict, and one verdict a network, density and seed."""
+    root = tmp_path / "sweep"
+    shutil.copytree(finished, root)
+    path = Paths(sweep.folder(root, 0.3, 0)).metrics
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        for flag in row.get("hygiene", {}).get("flags", ()):
+            wrong = (row["network"], flag["name"]) == ("mine", "black box")
+            flag |= {"value": 0.0125 if wrong else 0.0, "status": "fail" if wrong else "pass"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["run", "--config", str(file), "--quick", "--run-dir", str(root)]
+    assert cli.main([*arguments, "--strict"]) == 1
+    shown = capsys.readouterr().err.splitlines()
+    lines = [line for line in shown if line.startswith("verdict of ")]
+    assert len(lines) == 7
+    (line,) = {line for line in lines if line.startswith("verdict of mine, density 0.3, seed 0")}
+    assert "failed; black box 0.0125, limit" in line
+    found = json.loads((root / "sweep.json").read_text())["table"]
+    cells = {(row["density"], row["network"]): row["failed_checks"] for row in found}
+    assert cells[0.3, "mine"] == 1
+    assert cells[0.3, "random"] == 0
+    assert "1 of 1" in (root / "sweep.md").read_text()
 
 
 def test_finished_runs_are_not_run_again(finished, file, monkeypatch):

@@ -21,6 +21,7 @@ from ntk_awt.masks import Ticket
 from ntk_awt.schedules import SCHEDULES
 from ntk_awt.threats import L2, Linf
 from ntk_awt.training import Batch, EpochRecord, fit, steps_per_epoch
+from tests.keys import key_of
 
 SLOW = (
     "test_against_a_loop trades-*",
@@ -34,7 +35,6 @@ RNG = np.random.default_rng(0)
 X = RNG.uniform(0, 1, (N, D)).astype(np.float32)
 Y = RNG.integers(0, CLASSES, N)
 THREAT = L2(0.25)
-KEY = jax.random.key(3)
 traces: list[int] = []
 
 
@@ -89,7 +89,7 @@ CONFIG = TrainConfig(
 
 def train(ticket: Ticket | None = None, config: TrainConfig = CONFIG, **changes: Any) -> Ticket:
     default: dict[str, Any] = {
-        "images": X, "labels": Y, "threat": THREAT, "attack": OneStep(), "key": KEY,
+        "images": X, "labels": Y, "threat": THREAT, "attack": OneStep(), "key": key_of(3),
     }  # fmt: skip
     ticket = sparse(parameters()) if ticket is None else ticket
     return fit(apply, ticket, config=config, **(default | changes))
@@ -267,7 +267,6 @@ def check_against_loop(
 
 
 LOSSES = ["natural", "adversarial", "trades"]
-SPARSE = sparse(parameters())
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw"]
 
 
@@ -333,18 +332,18 @@ def test_squared_error_against_a_loop(loss: str, rows: list[np.ndarray]):
 
 def test_float64(rows: list[np.ndarray]):
     """With x64, float64 images and parameters, the loop's numbers to 1e-12."""
-    config = replace(settings("natural", "sgd"), criterion="squared")
-    wide = jax.tree.map(lambda a: np.asarray(a, a.dtype if a.dtype == bool else float), SPARSE)
+    config, ticket = replace(settings("natural", "sgd"), criterion="squared"), sparse(parameters())
+    wide = jax.tree.map(lambda a: np.asarray(a, a.dtype if a.dtype == bool else float), ticket)
     records: list[EpochRecord] = []
     with jax.enable_x64(True):
         trained = train(wide, config, images=X.astype(float), callbacks=[records.append])
-    path, losses = loop(SPARSE, config, rows)
-    assert_trees(weights(trained), weights(SPARSE._replace(params=path[-1])), atol=1e-12)
+    path, losses = loop(ticket, config, rows)
+    assert_trees(weights(trained), weights(ticket._replace(params=path[-1])), atol=1e-12)
     np.testing.assert_allclose(np.concatenate([r.loss for r in records]), losses, atol=1e-12)
-    narrow = train(SPARSE, config, images=X.astype(float))  # without x64 all of it is float32
+    narrow = train(ticket, config, images=X.astype(float))  # without x64 all of it is float32
     assert {w.dtype for w in jax.tree.leaves(narrow.params)} == {np.dtype(np.float32)}
     with pytest.raises(AssertionError):
-        assert_trees(weights(narrow), weights(SPARSE._replace(params=path[-1])), atol=1e-12)
+        assert_trees(weights(narrow), weights(ticket._replace(params=path[-1])), atol=1e-12)
 
 
 def test_accuracy(rows: list[np.ndarray]):
@@ -505,16 +504,13 @@ def test_a_wrong_resume_is_rejected(tmp_path: Path, uninterrupted: Any):
 
 
 @pytest.mark.parametrize(
-    ("ticket", "optimizer"),
-    [
-        (dense(parameters(hidden=HIDDEN + 1)), "adam"),
-        (dense(parameters()), "sgd"),
-        (dense(parameters()), "momentum"),
-    ],
+    ("hidden", "optimizer"),
+    [(HIDDEN + 1, "adam"), (HIDDEN, "sgd"), (HIDDEN, "momentum")],
     ids=["other width", "no moments", "one moment"],
 )
-def test_a_checkpoint_of_another_structure(tmp_path: Path, ticket: Ticket, optimizer: str):
+def test_a_checkpoint_of_another_structure(tmp_path: Path, hidden: int, optimizer: str):
     train(config=replace(RESUMED, epochs=1), checkpoints=tmp_path)
+    ticket = dense(parameters(hidden=hidden))
     with pytest.raises(InputError, match=r"checkpoint in .*expected"):
         train(ticket, replace(RESUMED, optimizer=optimizer), checkpoints=tmp_path)
 
@@ -599,9 +595,11 @@ def test_learning():
     for loss in ("natural", "adversarial"):
         trained = fit(
             linear, dense(params), x, y, config=replace(config, loss=loss),
-            threat=threat, attack=attack, key=KEY,
+            threat=threat, attack=attack, key=key_of(3),
         )  # fmt: skip
-        result[loss] = evaluate(linear, trained.params, x, y, threat=threat, attack=attack, key=KEY)
+        result[loss] = evaluate(
+            linear, trained.params, x, y, threat=threat, attack=attack, key=key_of(3)
+        )
     assert result["natural"].natural.value == 1
     assert result["natural"].robust.value < 0.3
     assert result["adversarial"].robust.value > 0.8

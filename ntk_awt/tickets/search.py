@@ -1,6 +1,7 @@
 """The search loop around a solver: jitted chunks of steps, records on a held-out batch."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,14 +92,17 @@ class SearchState(NamedTuple):
 
     Attributes:
         solver: the solver's state.
-        best: the network with the lowest held-out objective at a record so far.
+        best: the network with the lowest held-out objective so far, the start's included. Only
+            networks with as few kept weights as the start count: one solver prunes on the way.
         lowest: that objective; infinite before the first record.
-        waited: records since then, int32.
+        first: the start's; infinite before the first record.
+        waited: such records since the best one, int32.
     """
 
     solver: SolverState
     best: Ticket
     lowest: jax.Array
+    first: jax.Array
     waited: jax.Array
 
 
@@ -237,7 +241,9 @@ def start(
     params, first, best = (jax.tree.map(jnp.array, tree) for tree in (params, ticket, ticket))
     solver = SOLVERS[config.solver](apply, config, gain, prunable)
     state = jax.tree.map(jnp.array, solver.init(params, first, key))
-    return SearchState(state, best, jnp.array(jnp.inf), jnp.zeros((), jnp.int32))
+    return SearchState(
+        state, best, jnp.array(jnp.inf), jnp.array(jnp.inf), jnp.zeros((), jnp.int32)
+    )
 
 
 def record_steps(config: TicketConfig) -> list[int]:
@@ -268,7 +274,7 @@ def search(
     gain: str = "energy",
     prunable: Prunable | None = None,
 ) -> Ticket:
-    """Run the solver to its last step, recording both distances on a held-out batch.
+    """Run the solver to its last step, recording both distances on a held-out batch; keep the best.
 
     A search continues from any state: batches and attacks depend on the key and the step only, so
     an interrupted search resumed from a saved state gives the numbers of an uninterrupted one.
@@ -286,8 +292,8 @@ def search(
         prunable: see `masks.prunable_leaves`; the one that `start` had.
 
     Returns:
-        The sparse network after the last step, or with `config.patience` the one with the lowest
-        objective on the held-out batch.
+        The sparse network with the lowest objective on the held-out batch, of those at the records
+        and the one that the search started from. A warning says so if that is the start.
 
     Raises:
         InputError: a network that is none (`network.check_network`), fewer images than a batch, or
@@ -306,18 +312,23 @@ def search(
         plan = _plan(apply, problem, state.solver.ticket, config)
     records, refreshes = record_steps(config), _refresh_steps(config, solver)
     padded = bool(refreshes) and not solver.fixed_units
-    best, lowest, waited = state.best, float(state.lowest), int(state.waited)
-    inner = state.solver
+    best, inner, waited = state.best, state.solver, int(state.waited)
+    lowest, first, few = float(state.lowest), float(state.first), _kept(state.best)
+
+    def measure(ticket: Ticket) -> tuple[Distances, float]:
+        values, value = jax.device_get(_measure(apply, ticket, held_out, config))
+        return values, float(value)
 
     def record(objective: float) -> None:
         nonlocal best, lowest, waited
-        values, value = jax.device_get(_measure(apply, inner.ticket, held_out, config))
-        complete = _kept(inner.ticket) <= _kept(state.best)  # saliency starts with more
-        waited += 1
-        if value < lowest and complete:
-            best, lowest, waited = jax.tree.map(jnp.array, inner.ticket), float(value), 0
-        saved = SearchState(inner, best, jnp.array(lowest), jnp.array(waited, jnp.int32))
-        on_record(saved, SearchRecord(int(inner.step), values, objective, float(value)))
+        values, value = measure(inner.ticket)
+        if inner.step > 0 and _kept(inner.ticket) <= few:
+            waited += 1
+            if value < lowest:
+                best, lowest, waited = jax.tree.map(jnp.array, inner.ticket), value, 0
+        numbers = jnp.array(lowest), jnp.array(first), jnp.array(waited, jnp.int32)
+        saved = SearchState(inner, best, *numbers)
+        on_record(saved, SearchRecord(int(inner.step), values, objective, value))
 
     def select() -> Any:
         if plan is None:
@@ -326,6 +337,8 @@ def search(
         return kernels.selection(plan, apply, weights, problem.x[:1], ticket.mask, padded=padded)
 
     if int(inner.step) == 0:
+        _, first = measure(best)
+        lowest = first = first if np.isfinite(first) else float("inf")
         record(float("nan"))
     selection, total, steps = select(), 0.0, 0
     for end in sorted({*records, *refreshes}):
@@ -342,7 +355,26 @@ def search(
         if end in records:
             record(total / steps)
             total, steps = 0.0, 0
-    return best if config.patience else inner.ticket
+    if lowest >= first:
+        _, last = measure(inner.ticket)
+        warnings.warn(
+            f"the search with {config.solver} came no closer to the dense network than its start, "
+            f"which is kept: objective on the held-out batch {first:.4g} there, {last:.4g} after "
+            f"{int(inner.step)} steps; {_advice(config)}",
+            stacklevel=2,
+        )
+    return best
+
+
+def _advice(config: TicketConfig) -> str:
+    """What to change where a search finds nothing."""
+    rates = {"awt-scores": "score_learning_rate", "concrete": "score_learning_rate"}
+    changes = ["raise ticket_steps or ticket_batch_size"]
+    if config.solver != "saliency":
+        changes.append(f"lower {rates.get(config.solver, 'ticket_learning_rate')}")
+    if config.solver == "awt" and config.reselect_every:
+        changes.append("re-select the mask less often (reselect_every)")
+    return ", or ".join(changes)
 
 
 def _kept(ticket: Ticket) -> int:
