@@ -1035,7 +1035,7 @@ def _lengths(gap: Bounds) -> PerExample:
 def _losses(logits: Bounds, y: Labels) -> Bounds:
     """Bounds [n] of the cross-entropy: it grows with each logit but that of the label."""
     classes = logits.lower.shape[1]
-    own = jnp.arange(classes) == y[:, None]
+    own = jnp.arange(classes)[None] == y[:, None]
 
     def loss(own_logits: Array, others: Array) -> Array:
         values = jnp.where(own, own_logits, others)

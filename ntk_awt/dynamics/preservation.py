@@ -404,6 +404,11 @@ def _check_step(problem: _Problem, step: float) -> None:
             )
 
 
+def _distance(dense: jax.Array, sparse: jax.Array) -> jax.Array:
+    """‖Θ^d − Θ^s‖_F/N, of k for Θ = k ⊗ I: N times that is no less than the operator norm."""
+    return jnp.linalg.norm(flatten(dense - sparse)) / len(dense)
+
+
 def prior_bound(
     dense: Frozen,
     sparse: Frozen,
@@ -453,7 +458,7 @@ def prior_bound(
     reach = np.minimum(
         moments * (1 if step is None else step), n / smallest if smallest else np.inf
     )
-    alpha = jnp.linalg.norm(flatten(problem.kernels[0] - problem.kernels[1])) / n
+    alpha = _distance(*problem.kernels)
     beta = target_distance(*problem.outputs)
     residual = target_distance(problem.outputs[0], problem.targets)
     return (float(beta) + reach * float(alpha * residual)).astype(problem.targets.dtype)

@@ -17,6 +17,7 @@ from ntk_awt.config import ModelConfig
 from ntk_awt.dynamics import flow, infinite, intervals, preservation
 from ntk_awt.kernels import analytic
 from ntk_awt.threats import Linf
+from proofs_check import core, verification
 from tests.situations import Outcome, near, refused, same, situation, warned
 
 # Any: NumPy's arrays are taken as well.
@@ -446,3 +447,42 @@ def _() -> Outcome:
     x = np.zeros((1, 1), np.float32)
     text = "from float32 to float16"
     return refused(lambda: _bounded(lambda z: z.astype(jnp.float16), x, [1.0]).lower, text)
+
+
+# ---------------------------------------------------------------- judges of statements
+
+
+def _raises(call: Callable[[], Any], *words: str) -> Outcome:
+    """A check that has nothing to judge is a mistake in it: a `ValueError`, never a yes."""
+    try:
+        return same(call(), f"ValueError: {words}")
+    except ValueError as error:
+        return same([word for word in words if word not in str(error)], [])
+
+
+@situation("theory: two empty computations do not agree")
+def _() -> Outcome:
+    return _raises(lambda: core.close("none", [], [], tolerance=1e-9).holds, "none: shapes")
+
+
+@situation("theory: an infinite tolerance is none")
+def _() -> Outcome:
+    return _raises(lambda: core.close("any", 1.0, 2.0, tolerance=np.inf).holds, "tolerance")
+
+
+@situation("theory: a bound is not set against each value of another axis")
+def _() -> Outcome:
+    actual, bound = np.ones(3), np.array([[1.0], [2.0], [3.0]])
+    return _raises(lambda: core.below("crossed", actual, bound).holds, "shapes (3,) and (3, 1)")
+
+
+@situation("theory: a control of NaN has not been rejected")
+def _() -> Outcome:
+    return same(core.rejects("lost", core.below("lost", np.nan, 1.0)).rejected, False)
+
+
+@situation("theory: a case with a margin of NaN does not hold")
+def _() -> Outcome:
+    case = core.Case("lost", True, np.nan, None, "nothing")
+    outcome = core.Outcome([case], [core.Control("wrong", True, "seen")])
+    return same(verification.Result(verification.load("L1"), outcome, 0.0).holds, False)
