@@ -1,6 +1,5 @@
 """`ntk-awt bench [NAME…] [--json FILE]`: run, print a table, write the rows."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from tyro.conf import Positional, arg
 
+from ntk_awt import files
 from ntk_awt.errors import choose
 
 from . import attacks, kernels, tickets
@@ -29,6 +29,7 @@ def main(
     """
     for name in names:
         choose("benchmark", name, BENCHMARKS)
+    files.check_output("--json", json_file, ".json")
     with jax.default_matmul_precision("highest"):  # or a GPU's peers would compute in TF32
         rows = [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]
     headers = ("what", "ours", "peer", "unit", "peer / ours", "first call \\[s]", "peer is")
@@ -40,8 +41,7 @@ def main(
         table.add_row(row["name"], ours, peer, row["unit"], ratio, first, row["peer_name"])
     Console().print(table)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        files.write_json(json_file, rows)
 
 
 if __name__ == "__main__":

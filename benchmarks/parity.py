@@ -6,7 +6,6 @@
 (NTK_AWT_DATA) and, unlike the reference, no PyTorch.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt import data, models
+from ntk_awt import data, files, models
 from ntk_awt.attacks import ATTACKS
 from ntk_awt.config import DataConfig, ModelConfig
 from ntk_awt.evaluation import evaluate
@@ -82,7 +81,7 @@ def main() -> None:
         "versions": versions(),
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    files.write_json(RESULTS, summary)
 
 
 if __name__ == "__main__":

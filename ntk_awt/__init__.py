@@ -27,6 +27,7 @@ _MODULES = (
     "masks",
     "methods",
     "models",
+    "network",
     "plots",
     "report",
     "robustness",

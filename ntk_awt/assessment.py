@@ -85,12 +85,18 @@ def _save(path: Path, turn: Turn) -> None:
 
 def _load(path: Path, attack: str, x: np.ndarray) -> Turn:
     """A saved turn; images that were not saved come back clean."""
-    images = np.array(x)
-    with np.load(path) as saved:
-        natural, robust = saved["natural"], saved["robust"]
-        images[: len(saved["images"])] = saved["images"]
-        outcome = Evaluation(proportion(natural), proportion(robust), natural, robust, images)
-        return Turn(attack, int(saved["attacked"]), outcome)
+    images, n = np.array(x), len(x)
+    wanted = {
+        "attacked": ("iu", ()),
+        "natural": ("b", (n,)),
+        "robust": ("b", (n,)),
+        "images": ("f", (min(n, hygiene.IMAGES), *x.shape[1:])),
+    }
+    saved = files.load_arrays(path, wanted, fix="delete it: the attack is made again")
+    natural, robust = saved["natural"], saved["robust"]
+    images[: len(saved["images"])] = saved["images"]
+    outcome = Evaluation(proportion(natural), proportion(robust), natural, robust, images)
+    return Turn(attack, int(saved["attacked"]), outcome)
 
 
 def identity(*settings: Any) -> str:

@@ -1,12 +1,14 @@
 """Checkpoints of a loop's state, through Orbax: the newest one survives a kill at any moment."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 
-from ntk_awt.errors import check_same_tree
+from ntk_awt.errors import InputError, check_same_tree
 
 State = TypeVar("State")
 
@@ -66,8 +68,24 @@ class Checkpoints:
             return like
         import orbax.checkpoint as ocp
 
-        found: Any = self._manager.item_metadata(step)
-        check_same_tree(f"checkpoint in {self._folder}:", found.tree, like)
+        with self._readable():
+            found: Any = self._manager.item_metadata(step)
+            tree = found.tree
+        check_same_tree(f"checkpoint in {self._folder}:", tree, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restored: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        with self._readable():
+            restored: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         return restored
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a damaged folder raises one of many kinds
+            text = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"checkpoint in {self._folder}",
+                expected="a state that can be read",
+                got=f"{type(error).__name__}: {text}",
+                fix="delete that folder: its stage starts anew",
+            ) from error

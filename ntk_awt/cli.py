@@ -1,12 +1,17 @@
 """The command line `ntk-awt`: arguments from the config dataclasses, progress bars, exit codes.
 
-Exit code 0: done; 1: a check failed; 2: bad input, with one line that says what to change; 130:
-interrupted, with the command that resumes.
+Exit code 0: done; 1: a check failed; 2: bad input, with one line that says what to change; 130
+and 143: interrupted by Ctrl-C or SIGTERM, with the command that resumes (`interrupts`); 141: nobody
+reads the output any more.
 """
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
-import shlex
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,10 +38,19 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ntk_awt import config as configs
+from ntk_awt import files
 from ntk_awt.config import RunConfig
-from ntk_awt.errors import InputError, choose
+from ntk_awt.errors import InputError, check_number, choose
+from ntk_awt.interrupts import at_end, install, kept, line
 
-console = Console(stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to `main`: Rich would exit with 1."""
+        raise BrokenPipeError
+
+
+console = _Console(stderr=True)
 
 
 # ---------------------------------------------------------------- progress
@@ -97,7 +111,7 @@ class Settings:
 
         root = self.run_dir or Path("runs") / configs.run_name(self.config)
         opened = Run(self.config, root, Bars())
-        _kept.append(root)
+        kept.append(root)
         return opened
 
 
@@ -128,7 +142,7 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
         images = dataclasses.replace(config.base.data, data_dir=settings.data_dir)
         config = dataclasses.replace(config, base=dataclasses.replace(config.base, data=images))
     root = settings.run_dir or Path("runs") / (path.stem + "-quick" * settings.quick)
-    _kept.append(root)
+    kept.append(root)
     found = sweep.run(config, root, Bars())
     console.print(_fitted(sweep.HEADERS, sweep.table_rows(found)))
     print(f"report: {root / 'sweep.html'}")
@@ -173,7 +187,7 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = ()) -> int:
     more = tuple(name for name in networks if name not in config.networks)
     config = dataclasses.replace(config, networks=config.networks + more)
     opened = Run(config, run_dir, Bars())
-    _kept.append(run_dir)
+    kept.append(run_dir)
     opened.make_tickets()
     opened.train(tuple(map(network_label, networks)))
     print(f"trained: {run_dir / 'trained'}")
@@ -213,28 +227,29 @@ def evaluate(
     """
     from ntk_awt import robustness
 
+    files.check_output("--json", json_file, ".json")
     request = robustness.Request(attacks, threat, epsilon, steps, restarts, images)
     if robustness.is_run(source):
         if out is not None:
             raise InputError("--out", expected="none: a run keeps its outcomes", got=str(out))
-        _kept.append(Path(source))
+        kept.append(Path(source))
         found = robustness.evaluate_run(Path(source), request, networks, Bars())
         folder = Path(source) / "figures"
     else:
         if networks:
             raise InputError("--networks", expected="none: the source is one network", got="some")
         folder = out or Path("evaluation")
-        _kept.append(folder)
+        files.check_folder("--out", folder)
+        kept.append(folder)
         found = [robustness.evaluate_source(source, request, folder, Bars())]
     rows = [one.record() for one in found]
     console.print(_attacks_table(rows))
     console.print(_flags_table(rows))
     print(f"figure: {robustness.draw(found, folder, 'evaluate')}")
-    text = json.dumps(rows, indent=2)
     if json_file is None:
-        print(text)
+        print(json.dumps(rows, indent=2))
     else:
-        json_file.write_text(text + "\n", encoding="utf-8")
+        files.write_json(json_file, rows)
         print(f"numbers: {json_file}")
     failed = [
         f"{one.network}: {flag.name}" for one in found for flag in one.assessment.hygiene.failed
@@ -279,17 +294,18 @@ def kernel(
     from ntk_awt import inspection
 
     bars = Bars()
-    if out is not None and out.suffix != ".npz":
-        raise InputError("--out", expected="a file that ends in .npz", got=str(out))
+    files.check_output("--out", out, ".npz")
+    files.check_output("--json", json_file, ".json")
     with bars.status("network and images"):
         found = inspection.open_source(source, network, state)
         chosen = inspection.choose_inputs(found, inputs, images, images2)
     number = int(outputs) if outputs.lstrip("-").isdecimal() else outputs
     plan = inspection.plan(found, chosen, number, engine, batch)
     console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
+    file = out or inspection.default_file(found, chosen, plan)
+    files.check_folder("--out", file.parent)
     with bars.status("kernel"):
         result = inspection.compute(found, chosen, plan)
-    file = out or inspection.default_file(found, chosen, plan)
     inspection.save(result, file)
     with bars.status("metrics and pictures"):
         metrics = inspection.measure(result)
@@ -303,7 +319,7 @@ def kernel(
         print(f"picture: {picture}")
     if json_file is not None:
         record = inspection.record(result, metrics)
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        files.write_json(json_file, record)
         print(f"numbers: {json_file}")
     return 0
 
@@ -311,13 +327,14 @@ def kernel(
 def linear(arguments: list[str]) -> int:
     """Linear classification: rates, phase diagram, SVMs, what knowing the signal changes."""
     from ntk_awt import linear_study
+    from ntk_awt.linear.experiments import stop_workers
 
-    settings = tyro.cli(
-        linear_study.Settings,  # pyright: ignore[reportArgumentType]
-        prog="ntk-awt linear",
-        description=linear.__doc__,
-        args=arguments,
+    settings = _parsed(
+        linear_study.Settings, "ntk-awt linear", arguments, description=linear.__doc__
     )
+    at_end.append(stop_workers)
+    # What Ctrl-C leaves of theirs is removed by a process of Python's, which need not say so.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     found = linear_study.run(settings, Bars().bar)
     for title, headers, rows in found.tables:
         table = _table(*headers, title=title)
@@ -340,6 +357,7 @@ def report(run_dirs: Positional[tuple[Path, ...]], out: Path = Path("comparison.
 
     if not run_dirs:
         raise InputError("run folders", expected="one or more", got="none")
+    files.check_output("--out", out, ".html")
     page = (
         reports.write(run_dirs[0]) if len(run_dirs) == 1 else reports.compare(list(run_dirs), out)
     )
@@ -390,8 +408,11 @@ def verify(
     """
     from proofs_check import page, verification
 
-    if report is not None and report.suffix != ".html":
-        raise InputError("--report", expected="a file that ends in .html", got=str(report))
+    files.check_output("--report", report, ".html")
+    files.check_output("--json", json_file, ".json")
+    for name in names:
+        verification.load(name)
+    check_number("seed", seed, low=0)
     results: list[verification.Result] = []
     chosen = names or tuple(verification.MODULES)
     with Bars().bar("verify", len(chosen), "statements") as show:
@@ -400,8 +421,7 @@ def verify(
             results.append(result)
             show(len(results))
             if json_file is not None:
-                text = json.dumps([found.record() for found in results], indent=2)
-                json_file.write_text(text + "\n", encoding="utf-8")
+                files.write_json(json_file, [found.record() for found in results])
 
         verification.verify(
             chosen,
@@ -411,8 +431,8 @@ def verify(
             on_done=on_done,
         )
     for result in results:
-        for line in page.complaints(result):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for complaint in page.complaints(result):
+            console.print(complaint, markup=False, highlight=False, soft_wrap=True)
     console.print(_statements_table(results))
     if json_file is not None:
         print(f"results: {json_file}")
@@ -565,9 +585,6 @@ def _layers_table(name: str, rows: list[Any]) -> Table:
 
 # ---------------------------------------------------------------- entry
 
-_kept: list[Path] = []
-"""Folders in which an interrupted command leaves work; the same command goes on from there."""
-
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run,
     "ticket": ticket,
@@ -593,6 +610,39 @@ def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return None, arguments
 
 
+def _bound(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """Takes the arguments of a command, to be called with them later."""
+
+    @functools.wraps(command)
+    def bind(*values: Any, **named: Any) -> Callable[[], int]:
+        return functools.partial(command, *values, **named)
+
+    return bind
+
+
+def _parsed(kind: Any, program: str, arguments: list[str], **settings: Any) -> Any:
+    """What the arguments say, or Tyro's complaint as one line; `--help` is shown as it is."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=program, args=arguments, **settings)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+    # A box: what is wrong, a rule, then the options that may have been meant, each with its help.
+    boxed = [row.strip("╭╮╰╯│─ ") for row in said.getvalue().splitlines()]
+    rules = [at for at, row in enumerate(said.getvalue().splitlines()) if "│ ──" in row]
+    first = rules[0] if rules else len(boxed)
+    options = dict.fromkeys(row for row in boxed[first:] if row.startswith("--"))
+    options.pop(f"{program} --help", None)
+    raise InputError(
+        "arguments",
+        expected=" or ".join(options) or f"those of {program} --help",
+        got=" ".join(filter(None, boxed[1:first])),
+        fix=f"see {program} --help",
+    )
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [
@@ -607,52 +657,80 @@ def _dispatch(arguments: list[str]) -> int:
     if command is linear:  # its settings are declared where they are used: it loads them itself
         return linear(rest)
     if command not in (run, ticket):
-        return tyro.cli(command, prog=f"ntk-awt {name}", args=rest)
+        return _parsed(_bound(command), f"ntk-awt {name}", rest)()
     path, rest = _split_config(rest)
     if command is run and path is not None:
         from ntk_awt import sweep
 
         if sweep.is_sweep(path):
-            found = tyro.cli(
+            found = _parsed(
                 SweepSettings,
-                prog=f"ntk-awt run --config {path}",
+                f"ntk-awt run --config {path}",
+                rest,
                 description=run_sweep.__doc__,
-                args=rest,
             )
             return run_sweep(path, found)
     config = RunConfig() if path is None else configs.load(path)
-    settings = tyro.cli(
+    settings = _parsed(
         Settings,
-        prog=f"ntk-awt {name}",
+        f"ntk-awt {name}",
+        rest,
         description=f"{command.__doc__} With --config FILE.toml, flags override the file.",
-        args=rest,
         default=Settings(config),
     )
     return command(settings)
 
 
+def _one_line(text: str) -> str:
+    """Whatever a name or a file may hold: no line break and no command for the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _fail(text: str) -> int:
+    print(f"error: {_one_line(text)}", file=sys.stderr)
+    return 2
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command; returns its exit code.
+
+    Args:
+        arguments: of the command; those of the process if not given, which then also handles
+            Ctrl-C and SIGTERM (`interrupts`).
+    """
+    if arguments is None:
+        install()
+        arguments = sys.argv[1:]
+    kept.clear()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except BrokenPipeError:
+        # What Python would write at its end goes nowhere, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"error: cannot read or write{where}: expected space and permission, "
-            f"got {error.strerror or error}; finished work is kept, mend it and run again",
-            file=sys.stderr,
+        return _fail(
+            f"cannot read or write{where}: expected space and permission, "
+            f"got {error.strerror or error}; finished work is kept, mend it and run again"
         )
-        return 2
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).strip().partition("\n")[0]
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+            return _fail(
+                f"memory: expected enough for these settings, got {text or 'too little'}; "
+                "make the network, the batch or the number of images smaller"
+            )
+        if "Unable to initialize backend" in text:
+            return _fail(f"JAX_PLATFORMS: expected a device that is there, got {text}")
+        raise
     except KeyboardInterrupt:
-        how = ""
-        if _kept:
-            command = shlex.join(["ntk-awt", *arguments])
-            how = f"; finished work is in {_kept[-1]}; to resume: {command}"
-        print(f"interrupted{how}", file=sys.stderr)
+        print(line("interrupted", arguments, kept[-1] if kept else None), file=sys.stderr)
         return 130
 
 

@@ -19,7 +19,15 @@ from typing import Annotated, Any
 import tomli_w
 from tyro.conf import Suppress, arg
 
+from ntk_awt import files
 from ntk_awt.errors import InputError, check_number, choose
+
+
+def _check_whole(what: str, value: float, *, low: int) -> None:
+    """Raise unless `value` is a whole number that JAX can count to."""
+    check_number(what, value, low=low)
+    if value != int(value) or value > 2**31 - 1:
+        raise InputError(what, expected=f"a whole number in [{low}, 2³¹)", got=f"{value}")
 
 
 def _later(default: Any) -> Any:
@@ -45,7 +53,7 @@ class DataConfig:
     def __post_init__(self):
         for name in ("train_size", "test_size"):
             if (size := getattr(self, name)) is not None:
-                check_number(name, size, low=1)
+                _check_whole(name, size, low=1)
         check_number(
             "validation_fraction", self.validation_fraction, low=0, high=0.9, low_open=True
         )
@@ -81,7 +89,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for width in self.widths:
-            check_number("widths", width, low=1)
+            _check_whole("widths", width, low=1)
         check_number("weight_std", self.weight_std, low=0, low_open=True)
         check_number("bias_std", self.bias_std, low=0)
         check_number("input_mean", self.input_mean, low=0, high=1)
@@ -136,7 +144,7 @@ class AttackConfig:
     """Step size of PGD = ratio · ε / steps (for training and evaluation)."""
 
     def __post_init__(self):
-        check_number("attack_steps", self.attack_steps, low=0)
+        _check_whole("attack_steps", self.attack_steps, low=0)
         check_number("attack_step_ratio", self.attack_step_ratio, low=0, low_open=True)
 
 
@@ -204,21 +212,21 @@ class TicketConfig:
     best record's network; 0 takes the last one."""
 
     def __post_init__(self):
-        check_number("ticket_steps", self.ticket_steps, low=1)
+        _check_whole("ticket_steps", self.ticket_steps, low=1)
         check_number("ticket_learning_rate", self.ticket_learning_rate, low=0, low_open=True)
         check_number("score_learning_rate", self.score_learning_rate, low=0, low_open=True)
-        check_number("ticket_batch_size", self.ticket_batch_size, low=1)
+        _check_whole("ticket_batch_size", self.ticket_batch_size, low=1)
         check_number("kernel_weight", self.kernel_weight, low=0)
         check_number("target_weight", self.target_weight, low=0)
-        check_number("reselect_every", self.reselect_every, low=0)
+        _check_whole("reselect_every", self.reselect_every, low=0)
         check_number("reselect_fraction", self.reselect_fraction, low=0, high=1, low_open=True)
         check_number("temperature", self.temperature, low=0, low_open=True)
-        check_number("rounds", self.rounds, low=1)
+        _check_whole("rounds", self.rounds, low=1)
         if self.solver == "saliency":
             check_number("rounds", self.rounds, low=1, high=self.ticket_steps)
-        check_number("ticket_records", self.ticket_records, low=1)
+        _check_whole("ticket_records", self.ticket_records, low=1)
         check_number("l2", self.l2, low=0)
-        check_number("patience", self.patience, low=0)
+        _check_whole("patience", self.patience, low=0)
         choose("matching", self.matching, ("distances", "kl"))
         choose("distance", self.distance, ("relative", "absolute"))
         choose("jacobian", self.jacobian, ("masked", "full"))
@@ -287,8 +295,8 @@ class TrainConfig:
     """Weight of the robust term of TRADES."""
 
     def __post_init__(self):
-        check_number("epochs", self.epochs, low=1)
-        check_number("batch_size", self.batch_size, low=1)
+        _check_whole("epochs", self.epochs, low=1)
+        _check_whole("batch_size", self.batch_size, low=1)
         check_number("learning_rate", self.learning_rate, low=0, low_open=True)
         check_number("weight_decay", self.weight_decay, low=0)
         check_number("trades_beta", self.trades_beta, low=0)
@@ -304,8 +312,8 @@ class RecordConfig:
     """How often an epoch outputs and kernels on the probe set are recorded."""
 
     def __post_init__(self):
-        check_number("probe_size", self.probe_size, low=1)
-        check_number("records_per_epoch", self.records_per_epoch, low=1)
+        _check_whole("probe_size", self.probe_size, low=1)
+        _check_whole("records_per_epoch", self.records_per_epoch, low=1)
 
 
 @dataclass(frozen=True)
@@ -327,8 +335,8 @@ class EvaluationConfig:
             raise InputError(
                 "attacks", expected="one or more, each once", got=", ".join(self.attacks) or "none"
             )
-        check_number("evaluation_steps", self.evaluation_steps, low=0)
-        check_number("evaluation_restarts", self.evaluation_restarts, low=1)
+        _check_whole("evaluation_steps", self.evaluation_steps, low=0)
+        _check_whole("evaluation_restarts", self.evaluation_restarts, low=1)
 
 
 @dataclass(frozen=True)
@@ -401,36 +409,41 @@ def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "confi
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if needed and f.name not in values:
             raise InputError(where, expected=f"the setting {f.name}", got="none")
-    return cls(**{name: _convert(v, fields[name], f"{where}.{name}") for name, v in values.items()})
+    return cls(**{name: convert(v, fields[name], f"{where}.{name}") for name, v in values.items()})
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as a `kind`: a dataclass, str, int, float, Path, tuple[T, ...] or T | None."""
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` as a `kind`: a dataclass, str, int, float, Path, tuple[T, ...] or T | None.
+
+    Raises:
+        InputError: it is of another type.
+    """
     if dataclasses.is_dataclass(kind):
         return from_dict(value, typing.cast(type, kind), where)
     if isinstance(kind, types.UnionType):  # T | None; TOML has no null, so a value is a T
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         item = typing.get_args(kind)[0]
-        return tuple(_convert(v, item, where) for v in value)
+        return tuple(convert(v, item, where) for v in value)
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         item = typing.get_args(kind)[1]
         if item is Any:
             return value
-        return {name: _convert(v, item, f"{where}.{name}") for name, v in value.items()}
+        return {name: convert(v, item, f"{where}.{name}") for name, v in value.items()}
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and type(value) is int:
         return float(value)
     if not isinstance(kind, type) or type(value) is not kind:
-        name = getattr(kind, "__name__", str(kind))
+        is_list = typing.get_origin(kind) is tuple  # a list in TOML
+        name = "list" if is_list else getattr(kind, "__name__", str(kind))
         raise InputError(where, expected=f"a value of type {name}", got=repr(value))
     return value
 
 
 def save(config: RunConfig, path: Path) -> None:
     """Write `config` as TOML."""
-    path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    files.write_text(path, tomli_w.dumps(to_dict(config)))
 
 
 def load(path: Path) -> RunConfig:
@@ -439,13 +452,22 @@ def load(path: Path) -> RunConfig:
     Raises:
         InputError: the file is missing, is not TOML, or holds unknown or ill-typed settings.
     """
+    return from_dict(read(path), where=path.name)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InputError: the file is missing, or is not TOML.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file {path}", expected="a TOML file", got=str(error)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested without end
         raise InputError(f"config file {path}", expected="valid TOML", got=str(error)) from None
-    return from_dict(values, where=path.name)
+    return values
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from ntk_awt.config import DataConfig
 from ntk_awt.errors import InputError, check_images, check_labels, check_number, choose
+from ntk_awt.types import Box
 
 _AGAIN = "get the file again, or fix how it was written"
 
@@ -35,7 +36,8 @@ class Dataset:
             [n, d]; pixels in `bounds`.
         y_train, y_validation, y_test: int32 labels [n] in 0 … num_classes − 1.
         num_classes: how many classes there are.
-        bounds: lowest and highest pixel value an image (also a perturbed one) may have.
+        bounds: lowest and highest value that a pixel (also of a perturbed image) may have, numbers
+            or arrays by channel, see `types.Box`.
 
     Raises:
         InputError: an array has another dtype, shape or range than that.
@@ -55,7 +57,7 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
     num_classes: int
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: Box = (0.0, 1.0)
 
     def __post_init__(self):
         for part, x, y in self._parts():
@@ -192,6 +194,13 @@ def _size(what: str, wanted: int | None, available: int) -> int:
 
 
 def _check_every_class(name: str, labels: np.ndarray, num_classes: int) -> None:
+    if num_classes < 2:
+        raise InputError(
+            f"data {name}",
+            expected="two classes or more",
+            got=f"{num_classes}",
+            fix="add images of another class",
+        )
     present = set(np.unique(labels).tolist())
     if len(present) < num_classes:
         # Of the labels 0 … len(present), one more than there are, at least one is missing.

@@ -1,6 +1,7 @@
 """Input checks: what was expected, what was got, what to change. Imports nothing of ours."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -40,15 +41,97 @@ def choose(what: str, name: str, known: Iterable[str]) -> None:
         raise InputError(what, expected=f"one of {', '.join(known)}", got=repr(name), fix=fix)
 
 
+LARGEST = 1e30
+"""No larger setting: float32 ends at 3.4e38, and settings are multiplied."""
+
+
 def check_number(
     what: str, value: float, *, low: float, high: float = np.inf, low_open: bool = False
 ) -> None:
     """Raise unless `value` is a finite number in [low, high], or (low, high] with `low_open`."""
+    if LARGEST < value < math.inf:
+        high = min(high, LARGEST)
     inside = low < value <= high if low_open else low <= value <= high
     if not (inside and value < math.inf):
         top = "∞)" if np.isinf(high) else f"{high:g}]"
         interval = f"a number in {'(' if low_open else '['}{low:g}, {top}"
         raise InputError(what, expected=interval, got=f"{value}")
+
+
+NAME = re.compile(r"\w[\w .,+=()-]*")
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise unless `name` can be that of a file in a folder: it leads nowhere else.
+
+    Raises:
+        InputError: a separator of paths, a dot in front, markup, or more than 100 bytes.
+
+    Example:
+        >>> check_name("variant", "awt-10 (l2)")
+        >>> check_name("variant", "../evil")
+        Traceback (most recent call last):
+        ntk_awt.errors.InputError: variant: expected a name of letters, digits and .,+=()-_ with \
+no dot in front, got '../evil'; rename it
+    """
+    if not NAME.fullmatch(name) or len(name.encode(errors="replace")) > 100:
+        short = name if len(name) <= 100 else f"{name[:50]}… of {len(name)} characters"
+        raise InputError(
+            what,
+            expected="a name of letters, digits and .,+=()-_ with no dot in front",
+            got=repr(short),
+            fix="rename it",
+        )
+
+
+_KINDS: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number"}
+
+
+def check_structure(what: str, value: Any, pattern: Any) -> None:
+    """Raise unless plain values, as JSON has them, are built as a pattern says.
+
+    Args:
+        what: the value's name; that of an entry is added to it.
+        value: to check.
+        pattern: a type or a union of types (True is no number); [pattern], a list of such; a tuple
+            of patterns, a list of just these; {key: pattern}, a table with at least these keys,
+            where the key `str` stands for every one.
+
+    Raises:
+        InputError: the first part that is missing or of another kind.
+
+    Example:
+        >>> check_structure("row", {"step": 3, "loss": 0.5}, {"step": int, "loss": float})
+        >>> check_structure("row", {"layers": [{"kept": 1}, {}]}, {"layers": [{"kept": int}]})
+        Traceback (most recent call last):
+        ntk_awt.errors.InputError: row.layers[1]: expected the entry kept, got none
+    """
+
+    def fail(expected: str) -> None:
+        text = repr(value)
+        short = text if len(text) <= 60 else f"{text[:60]}…"
+        raise InputError(what, expected=expected, got=short)
+
+    if isinstance(pattern, dict):
+        if not isinstance(value, dict):
+            return fail("a table")
+        for key, inner in pattern.items():
+            if key is str:
+                for name, entry in value.items():
+                    check_structure(f"{what}.{name}", entry, inner)
+            elif key not in value:
+                raise InputError(what, expected=f"the entry {key}", got="none")
+            else:
+                check_structure(f"{what}.{key}", value[key], inner)
+    elif isinstance(pattern, list | tuple):
+        fixed = isinstance(pattern, tuple)
+        if not isinstance(value, list) or (fixed and len(value) != len(pattern)):
+            return fail(f"a list of {len(pattern)}" if fixed else "a list")
+        for i, entry in enumerate(value):
+            check_structure(f"{what}[{i}]", entry, pattern[i if fixed else 0])
+    elif not isinstance(value, pattern) or (isinstance(value, bool) and pattern is not bool):
+        fail(_KINDS.get(pattern, "a number"))
+    return None
 
 
 def check_count(what: str, value: int, *, low: int) -> None:
@@ -69,8 +152,19 @@ def check_finite(what: str, tree: Any) -> None:
             )
 
 
-def check_images(what: str, images: Any, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Raise unless `images` is a floating array [n, *shape], finite and inside `bounds`."""
+def check_images(what: str, images: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -> None:
+    """Raise unless `images` is a floating array [n, *shape], finite and inside `bounds`.
+
+    Values that were scaled as (x − mean)/std in float32, or in the dtype of the images where that
+    is coarser, lie outside exact bounds by 4u(|low| + |high|) at most, u its unit roundoff: u
+    (high − low) of the rounded mean and std, 2u of the division, u of the bounds. So much is
+    allowed.
+
+    Args:
+        what: name of the images.
+        images: [n, *shape].
+        bounds: (low, high), numbers or arrays that broadcast to one image.
+    """
     values = np.asarray(images)
     if not jnp.issubdtype(values.dtype, np.floating):
         raise InputError(
@@ -82,12 +176,37 @@ def check_images(what: str, images: Any, bounds: tuple[float, float] = (0.0, 1.0
     if values.ndim < 2:
         raise InputError(what, expected="an array [n, *shape]", got=f"shape {values.shape}")
     check_finite(what, values)
-    low, high = bounds
-    if values.size and (values.min() < low or values.max() > high):
+    low, high = (np.asarray(bound, np.float64) for bound in bounds)
+    shape = values.shape[1:]
+    for bound in (low, high):
+        # Broadcasting as NumPy does it: no axis more than an image, each of size 1 or the image's.
+        pairs = zip(bound.shape[::-1], shape[::-1], strict=False)
+        if bound.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in pairs):
+            raise InputError(
+                f"bounds of {what}",
+                expected=f"numbers, or arrays that broadcast to an image of shape {shape}",
+                got=f"shape {bound.shape}",
+                fix="give those of c channels shape (c,) for [h, w, c], (c, 1, 1) for [c, h, w]",
+            )
+    if values.size == 0:
+        return
+    u = max(float(jnp.finfo(values.dtype).eps), 2.0**-23) / 2
+    slack = 4 * u * sum(np.where(np.isfinite(bound), abs(bound), 0.0) for bound in (low, high))
+    lowest, highest = (end.astype(np.float64) for end in (values.min(0), values.max(0)))
+    excess = np.maximum(low - lowest, highest - high) - slack
+    if np.any(excess > 0):
+        where = ""
+        if low.ndim or high.ndim:  # the bounds of the pixel that is furthest outside
+            at = np.unravel_index(excess.argmax(), shape)
+            where = f" at {tuple(map(int, at))} of an image"
+            low, high = (np.broadcast_to(bound, shape)[at] for bound in (low, high))
+            lowest, highest = lowest[at], highest[at]
+        # As short as tells these floats from all others of their dtype.
+        got = (str(values.dtype.type(v)).removesuffix(".0") for v in (lowest.min(), highest.max()))
         raise InputError(
             what,
-            expected=f"values in [{low:g}, {high:g}]",
-            got=f"[{values.min():g}, {values.max():g}]",
+            expected=f"values in [{low:.9g}, {high:.9g}]{where}",
+            got=f"[{', '.join(got)}]",
             fix="rescale the images, or set the data set's bounds",
         )
 

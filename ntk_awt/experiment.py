@@ -18,7 +18,6 @@ checkpoint and ends with the numbers of an uninterrupted run.
 """
 
 import json
-import os
 import platform
 import time
 import zlib
@@ -86,59 +85,56 @@ class Silent:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where everything of a run lies."""
+    """Where everything of a run lies; a name or a link that leads out of it is an `InputError`."""
 
     root: Path
 
-    config = property(lambda self: self.root / "config.toml")
-    metrics = property(lambda self: self.root / "metrics.jsonl")
-    results = property(lambda self: self.root / "results.json")
-    figures = property(lambda self: self.root / "figures")
-    report = property(lambda self: self.root / "report.html")
+    config = property(lambda self: files.inside(self.root, "config.toml"))
+    metrics = property(lambda self: files.inside(self.root, "metrics.jsonl"))
+    results = property(lambda self: files.inside(self.root, "results.json"))
+    figures = property(lambda self: files.inside(self.root, "figures"))
+    report = property(lambda self: files.inside(self.root, "report.html"))
 
     def ticket(self, name: str) -> Path:
         """The network at initialisation."""
-        return self.root / "tickets" / f"{name}.safetensors"
+        return files.inside(self.root, "tickets", f"{name}.safetensors")
 
     def trained(self, name: str) -> Path:
         """The network after training."""
-        return self.root / "trained" / f"{name}.safetensors"
+        return files.inside(self.root, "trained", f"{name}.safetensors")
 
     def checkpoints(self, stage: str, name: str) -> Path:
         """Orbax's folder of a stage's state."""
-        return self.root / "checkpoints" / f"{stage}-{name}"
+        return files.inside(self.root, "checkpoints", f"{stage}-{name}")
 
     def dynamics(self, name: str, epoch: int) -> Path:
         """Observations of one epoch on the probe set."""
-        return self.root / "dynamics" / name / f"epoch-{epoch:04d}.npz"
+        return files.inside(self.root, "dynamics", name, f"epoch-{epoch:04d}.npz")
 
     def evaluation(self, name: str) -> Path:
         """Outcome on each test image."""
-        return self.root / "evaluation" / f"{name}.npz"
+        return files.inside(self.root, "evaluation", f"{name}.npz")
 
     def attacks(self, name: str, identity: str) -> Path:
         """Folder of each attack's outcome."""
-        return self.root / "evaluation" / name / identity
+        return files.inside(self.root, "evaluation", name, identity)
 
 
 class Log:
-    """`metrics.jsonl`: append-only while all goes well, cut back when a stage is resumed."""
+    """`metrics.jsonl`: append-only while all goes well, cut back when a stage is resumed.
+
+    Raises:
+        InputError: a line that is no row.
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break  # a kill cut this line; what it said is said again on resuming
-            self._rewrite(self.rows)
+        self.rows = report.read_rows(path) if path.exists() else []
+        self._torn = path.exists() and not path.read_bytes().endswith(b"\n")
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.replace(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+        self.rows, self._torn = rows, False
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; rows of the same stage and network from that step on are dropped first."""
@@ -150,7 +146,7 @@ class Log:
                 for row in rows
             )
 
-        if any(map(repeated, self.rows)):
+        if self._torn or any(map(repeated, self.rows)):
             self._rewrite([row for row in self.rows if not repeated(row)])
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -206,8 +202,8 @@ class Run:
         self.reporter = reporter or Silent()
         _check_folder(config, self.paths)
         self.threat  # noqa: B018  bad data is reported before anything is written
-        root.mkdir(parents=True, exist_ok=True)
-        files.replace(self.paths.config, lambda path: configs.save(config, path))
+        if not self.paths.config.exists() or configs.load(self.paths.config) != config:
+            configs.save(config, self.paths.config)
         self.log = Log(self.paths.metrics)
 
     # ------------------------------------------------------------ what all stages share
@@ -337,7 +333,8 @@ class Run:
 
         Those that need the trained dense network train it first.
         """
-        for name in self.config.networks:
+        # Those from files first: a bad file should not be found after minutes of work.
+        for name in sorted(self.config.networks, key=methods.is_file, reverse=True):
             label = network_label(name)
             path = self.paths.ticket(label)
             if not path.exists():
@@ -461,6 +458,13 @@ class Run:
         with self.reporter.bar(f"{name}: train", settings.epochs, "epochs") as show:
 
             def on_epoch(record: training.EpochRecord) -> None:
+                if not np.all(np.isfinite(record.loss)):
+                    raise InputError(
+                        f"training of {name}, epoch {record.epoch}",
+                        expected="a finite loss",
+                        got="NaN or infinity",
+                        fix="lower learning_rate, in another --run-dir",
+                    )
                 observed = jax.device_get(record.observations)
                 arrays = {"step": record.steps, **observed._asdict()}
                 files.save_arrays(self.paths.dynamics(name, record.epoch), arrays)
@@ -509,9 +513,9 @@ class Run:
 
     def _gaps(self, name: str, epoch: int, observed: dict[str, Any]) -> list[dict[str, Any]]:
         """Distances to the dense network, and to the own initial kernel, at each observation."""
-        dense = observed if name == "dense" else np.load(self.paths.dynamics("dense", epoch))
-        first = observed if epoch == 1 else np.load(self.paths.dynamics(name, 1))
-        initial_kernel = first["kernel"][0]  # once: an .npz file reads it anew at each access
+        dense = observed if name == "dense" else self._observed("dense", epoch, observed)
+        first = observed if epoch == 1 else self._observed(name, 1, None)
+        initial_kernel = first["kernel"][0]
         triples = zip(
             observed["step"],
             zip(observed["outputs"], dense["outputs"], strict=True),
@@ -531,6 +535,21 @@ class Run:
             }
             for step, (f, f_dense), (k, k_dense) in triples
         ]
+
+    def _observed(
+        self, name: str, epoch: int, like: dict[str, Any] | None
+    ) -> dict[str, np.ndarray]:
+        """The saved observations of an epoch; as many as `like` has, if it is given."""
+        records = None if like is None else len(like["step"])
+        p, c = self.config.record.probe_size, self.dataset.num_classes
+        wanted = {
+            "step": ("iu", (records,)),
+            "outputs": ("f", (records, 2 * p, c)),
+            "kernel": ("f", (records, 2 * p, p, c, c)),
+        }
+        fix = f"take it from a copy, or run again without {self.paths.trained(name)} and the "
+        fix += f"folder {self.paths.checkpoints('train', name)}: the network is trained anew"
+        return files.load_arrays(self.paths.dynamics(name, epoch), wanted, fix=fix)
 
     def evaluate(self) -> None:
         """Natural and robust accuracy of every trained network on the test images."""
@@ -578,8 +597,10 @@ class Run:
         trained, d = self.load_trained(name), self.dataset
         dense, transferred = self.paths.evaluation("dense"), None
         if name != "dense" and threat_config == ours and dense.exists():
-            with np.load(dense) as saved:
-                transferred = saved["attacked"]
+            shape = (min(len(d.x_test), hygiene.IMAGES), *d.image_shape)
+            wanted = {"attacked": ("f", shape)}
+            fix = "delete it: the network is evaluated anew"
+            transferred = files.load_arrays(dense, wanted, fix=fix)["attacked"]
         return assess(
             self.network.apply,
             masks.effective(*trained),
@@ -606,15 +627,26 @@ class Run:
             "versions": versions(),
             "seconds": self._seconds(),
         }
-        text = json.dumps(results, indent=2) + "\n"
-        files.replace(self.paths.results, lambda path: path.write_text(text, encoding="utf-8"))
+        files.write_json(self.paths.results, results)
         report.write(self.paths.root)
-        return json.loads(text)
+        return json.loads(json.dumps(results))
 
     def _summary(self, name: str) -> dict[str, Any]:
         rows = [row for row in self.log.rows if row["network"] == name]
         dynamics = [row for row in rows if row["stage"] == "dynamics"]
-        (accuracy,) = (row for row in rows if row["stage"] == "evaluate")
+        evaluations = [row for row in rows if row["stage"] == "evaluate"]
+        for stage, found, file in (
+            ("dynamics", dynamics, self.paths.trained(name)),
+            ("evaluate", evaluations, self.paths.evaluation(name)),
+        ):
+            if not found:
+                raise InputError(
+                    f"records {self.paths.metrics}",
+                    expected=f"rows of stage {stage} of the network {name}",
+                    got="none",
+                    fix=f"delete {file} and run again: they are made anew",
+                )
+        accuracy = evaluations[-1]
         ticket = self.load_ticket(name)
         first, gaps = dynamics[0], [row["dynamics_gap"] for row in dynamics]
         return {
@@ -684,7 +716,7 @@ def signal_basis(name: str, images: np.ndarray, labels: np.ndarray) -> np.ndarra
     size, what = int(np.prod(images.shape[1:])), f"basis file {name}"
     try:
         with open(name, "rb") as file:
-            loaded = np.load(file)
+            loaded = np.load(file, allow_pickle=False)
             arrays = [loaded] if name.endswith(".npy") else list(loaded.values())
     except Exception as error:  # a bad file raises one of many kinds
         raise InputError(what, expected="a readable array", got=f"{error}") from None
@@ -711,7 +743,8 @@ def check_names(config: RunConfig) -> None:
 
 
 def _check_folder(config: RunConfig, paths: Paths) -> None:
-    """Raise if the folder holds a run of other settings, or other files."""
+    """Raise if the folder holds a run of other settings, or other files, or leads outside."""
+    files.check_tree(paths.root)
     if paths.config.exists():
         found, wanted = configs.identity(configs.load(paths.config)), configs.identity(config)
         for name in wanted:
@@ -729,14 +762,7 @@ def _check_folder(config: RunConfig, paths: Paths) -> None:
             got="something else",
             fix="choose another --run-dir",
         )
-    parent = next(p for p in (paths.root, *paths.root.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(
-            f"run folder {paths.root}",
-            expected="a folder that can be written",
-            got=f"no permission in {parent}",
-            fix="choose another --run-dir",
-        )
+    files.check_folder(f"run folder {paths.root}", paths.root)
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ adversarial example defenses" (2020).
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import pairwise
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.attacks import PGD, Attack, Square, cross_entropy
+from ntk_awt.attacks import PGD, Attack, Square, check_examples, cross_entropy
 from ntk_awt.attacks.losses import dlr
 from ntk_awt.evaluation import Evaluation, evaluate
 from ntk_awt.masks import Mask
-from ntk_awt.threats import Linf, StrongL2, Threat
+from ntk_awt.threats import Linf, StrongL2, Threat, corners, diameter, length_of
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
 
 IMAGES = 500
@@ -130,10 +131,11 @@ def ball(z: np.ndarray, x: np.ndarray, threat: Threat) -> Flag:
     return flag("ball", value, 1e-6, "pixel units", "largest ‖z − x‖ − ε in float64")
 
 
-def box(z: np.ndarray, threat: Threat) -> Flag:
-    """No pixel leaves the box."""
-    low, high = threat.bounds
-    return flag("box", max(low - z.min(), z.max() - high, 0), 0, "pixel units", "largest excess")
+def box(z: np.ndarray, x: np.ndarray, threat: Threat) -> Flag:
+    """No pixel leaves the box, in float64; the clean image's own values count as inside."""
+    low, high = corners(threat.bounds, x.shape[1:])
+    excess = np.maximum(np.minimum(low, x) - z, z - np.maximum(high, x))
+    return flag("box", max(excess.max(), 0), 0, "pixel units", "largest excess")
 
 
 def zero_radius(z: np.ndarray, x: np.ndarray) -> Flag:
@@ -163,7 +165,13 @@ class Subject(NamedTuple):
     def under(
         self, attack: Attack, threat: Threat, key: Key, rows: Any = slice(None)
     ) -> Evaluation:
-        """The evaluation of these rows under an attack."""
+        """The evaluation of these rows under an attack.
+
+        Radii beyond the box, which allow no more than one that reaches its ends, are cut there.
+        """
+        longest = diameter(threat, self.x.shape[1:])
+        if float(threat.epsilon) > longest:
+            threat = dataclasses.replace(threat, epsilon=longest)  # pyright: ignore[reportArgumentType]
         return evaluate(
             self.apply,
             self.params,
@@ -186,10 +194,11 @@ def _logits(apply: ApplyFn, params: Params, x: Images) -> Logits:
 
 @partial(jax.jit, static_argnames=("apply", "name"))
 def _gradients(apply: ApplyFn, params: Params, x: Images, y: Labels, name: str) -> Images:
+    network = cross_entropy(apply, params, y)
+
     def loss(z: Images) -> jax.Array:
-        if name == "dlr":
-            return dlr(apply(params, z), y).sum()
-        return cross_entropy(apply, params, y)(z).sum()
+        logits = network.logits(z)
+        return (dlr(logits, y) if name == "dlr" else network.of(logits)).sum()
 
     return jax.grad(loss)(x)
 
@@ -270,17 +279,27 @@ def monotone(name: str, accuracies: Sequence[float], n: int, of: str) -> Flag:
     return flag(name, value, slack(n), "share of images", f"largest growth of accuracy with {of}")
 
 
-def large_radius(attack: Attack, subject: Subject, key: Key) -> Flag:
-    """Where every image is allowed, no more than the most frequent class can stay right."""
-    low, high = subject.threat.bounds
-    size = int(np.prod(subject.x.shape[1:])) ** (not isinstance(subject.threat, Linf))
-    reach = (high - low) * size**0.5
-    if float(subject.threat.epsilon) == 0:
-        everything = dataclasses.replace(subject.threat, epsilon=reach)  # pyright: ignore[reportArgumentType]
-    else:
-        everything = scaled(subject.threat, reach / float(subject.threat.epsilon))
-    accuracy = subject.under(attack, everything, key).robust.value
+def large_radius(attack: Attack, subject: Subject, key: Key) -> Flag | None:
+    """Where every image is allowed, no more than the most frequent class can stay right.
+
+    In a box with open ends the images themselves set them, so that each one allows all the others.
+    Of images of one class the rule cannot say anything: None, with a warning.
+    """
+    threat, x = subject.threat, subject.x
     top = np.bincount(subject.y).max() / len(subject.y)
+    if top == 1:
+        warnings.warn(
+            "the rule of a large radius is left out: it needs images of two classes or more, got "
+            f"only class {subject.y[0]}",
+            stacklevel=2,
+        )
+        return None
+    low, high = corners(threat.bounds, x.shape[1:])
+    low, high = np.where(np.isinf(low), x.min(0), low), np.where(np.isinf(high), x.max(0), high)
+    reach = length_of(threat, high - low)
+    radii = {"epsilon": reach} | ({"delta": reach} if isinstance(threat, StrongL2) else {})
+    everything = dataclasses.replace(threat, **radii)  # pyright: ignore[reportArgumentType]
+    accuracy = subject.under(attack, everything, key).robust.value
     return flag(
         "large radius",
         accuracy - top,
@@ -403,6 +422,9 @@ def check(
     Returns:
         `Hygiene`.
 
+    Raises:
+        InputError: images, labels or logits of another kind, see `attacks.perturb`.
+
     Source: rules of the literature above; see each rule.
 
     Example:
@@ -416,7 +438,7 @@ def check(
         >>> [flag.name for flag in found.flags if flag.status != "pass"]
         []
     """
-    x, y = np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES]
+    x, y = check_examples(apply, params, np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES], threat)
     subject = Subject(apply, params, x, y, threat)
     sound = finite(subject, *(() if attacked is None else (attacked[:IMAGES],)))
     if sound.status != "pass":
@@ -458,7 +480,7 @@ def check(
 
     rules: list[Callable[[], Flag | None]] = [
         lambda: ball(z, x, threat),
-        lambda: box(z, threat),
+        lambda: box(z, x, threat),
         lambda: zero_radius(at(0.0).images, x),
         lambda: deterministic(subject),
         lambda: probabilities(subject),

@@ -12,9 +12,8 @@ import importlib
 import json
 import re
 import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,21 +24,24 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ntk_awt import config as configs
-from ntk_awt import kernels, masks, models, plots
+from ntk_awt import files, kernels, masks, models, plots
 from ntk_awt.config import ModelConfig
 from ntk_awt.errors import (
     InputError,
+    check_count,
     check_finite,
     check_images,
     check_labels,
+    check_name,
+    check_structure,
     choose,
-    leaf_name,
 )
 from ntk_awt.experiment import Paths, Reporter, Run, open_run
 from ntk_awt.kernels import Plan
 from ntk_awt.masks import Ticket
 from ntk_awt.methods import ordered
-from ntk_awt.types import Gain, Images, Mask, Network
+from ntk_awt.network import check_network, check_params, in_one_line
+from ntk_awt.types import Gain, Images, Mask, Network, Params
 
 EIGENVECTORS = 6
 """At most that many eigenvectors are drawn."""
@@ -199,14 +201,19 @@ def _from_file(path: Path, reporter: Reporter | None) -> Source:
         settings, shape, classes = (
             json.loads(said[key]) for key in ("model", "input_shape", "num_classes")
         )
-        shape, classes = tuple(map(int, shape)), int(classes)
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"metadata of {path}", expected="JSON", got=str(error)) from None
+    check_structure(f"metadata of {path}: input_shape", shape, [int])
+    shape = tuple(shape)
+    for size in (*shape, classes):
+        check_count(f"metadata of {path}: input_shape and num_classes", size, low=1)
     model = configs.from_dict(settings, ModelConfig, f"metadata of {path}")
     # Any key will do: the parameters are those of the file.
     network = models.build(model, shape, classes, jax.random.key(0))
     ticket = masks.load_ticket(path, network.params)
-    return _sparse(said.get("network", path.stem), "", network, ticket, None, shape)
+    name = said.get("network", path.stem)
+    check_name(f"network in the metadata of {path}", name)
+    return _sparse(name, "", network, ticket, None, shape)
 
 
 def _checkpoint(path: Path) -> tuple[Path, str, str, str] | None:
@@ -223,7 +230,8 @@ def _from_checkpoint(
 ) -> Source:
     run = open_run(root, reporter)
     ticket, updates = run.load_checkpoint(stage, name)
-    newest = max(int(p.name) for p in run.paths.checkpoints(stage, name).glob("[0-9]*"))
+    saved = run.paths.checkpoints(stage, name).iterdir()
+    newest = max(int(p.name) for p in saved if p.name.isdecimal())
     if step and int(step) != newest:
         raise InputError(
             f"checkpoint {step} of {stage}-{name}", expected=f"the newest, {newest}", got=step
@@ -233,21 +241,20 @@ def _from_checkpoint(
 
 @contextmanager
 def _users_code(what: str, expected: str) -> Iterator[None]:
-    """Modules are looked for in the current folder as well; any error becomes one line."""
+    """Modules are looked for in the current folder as well; any error becomes one line.
+
+    So does `sys.exit`. What the code prints goes to the error stream: the other one has results.
+    """
     here = str(Path.cwd())
     sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
-        yield
-    except InputError:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (InputError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        last = [f for f in frames if f.filename.startswith(here)] or frames
-        where = f"{Path(last[-1].filename).name}, line {last[-1].lineno}"
-        text = str(error).strip().partition("\n")[0]
-        got = f"{type(error).__name__}: {text} ({where})"
-        raise InputError(what, expected=expected, got=got) from error
+    except BaseException as error:
+        raise InputError(what, expected=expected, got=in_one_line(error, here)) from error
     finally:
         sys.path.remove(here)
 
@@ -275,16 +282,13 @@ def _from_code(source: str) -> Source:
             got=", ".join(type(part).__name__ for part in parts),
         )
     apply, params = parts
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise InputError(
-                f"params of {source}: {leaf_name(path)}",
-                expected="an array of floats",
-                got=str(dtype or type(leaf).__name__),
-            )
-    check_finite(f"params of {source}:", params)
-    return Source(source, "", Network(apply, params), None, None, None, None)
+    check_params(params, source)
+
+    def traced(params: Params, x: Images) -> Any:
+        with _users_code(f"source {source}", "code that JAX can trace on these images"):
+            return apply(params, x)
+
+    return Source(source, "", Network(traced, params), None, None, None, None)
 
 
 # ---------------------------------------------------------------- images
@@ -349,7 +353,7 @@ def load_images(path: Path) -> tuple[Any, np.ndarray | None]:
     what = f"images {path}"
     try:
         with path.open("rb") as file:
-            loaded = np.load(file)
+            loaded = np.load(file, allow_pickle=False)
             found = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except Exception as error:  # a bad file raises one of many kinds
         raise InputError(what, expected="a .npy or .npz file", got=str(error)) from None
@@ -371,13 +375,7 @@ def _check_taken(source: Source, inputs: Inputs) -> int:
         if source.shape is not None and x.shape[1:] != source.shape:
             expected = f"images of shape {source.shape}, which {source.name} takes"
             raise InputError("images", expected=expected, got=f"shape {x.shape[1:]}")
-        with _users_code("images", f"what {source.name} takes"):
-            logits = jax.eval_shape(apply, params, x)
-        shape = getattr(logits, "shape", None)
-        if shape is None or len(shape) != 2 or shape[0] != len(x):
-            got = type(logits).__name__ if shape is None else f"shape {shape}"
-            raise InputError(f"logits of {source.name}", expected=f"[{len(x)}, c]", got=got)
-        classes = shape[1]
+        classes = check_network(apply, params, x, what=source.name)
     return classes
 
 
@@ -422,14 +420,17 @@ def _spectrum(kernel: jax.Array, mixed: bool) -> jax.Array:
     return kernels.spectrum(_matrix(kernel), mixed=mixed)
 
 
+def _classes(result: Result) -> int:
+    apply, params = result.source.network
+    return jax.eval_shape(apply, params, result.inputs.x1).shape[1]
+
+
 def _one_hot(result: Result) -> np.ndarray | None:
     """Labels as targets [n, c]; of one logit's kernel only that column."""
     labels, outputs = result.inputs.labels, result.plan.outputs
     if labels is None:
         return None
-    apply, params = result.source.network
-    classes = jax.eval_shape(apply, params, result.inputs.x1).shape[1]
-    targets = np.eye(classes, dtype=np.float32)[labels]
+    targets = np.eye(_classes(result), dtype=np.float32)[labels]
     return targets[:, [outputs]] if isinstance(outputs, int) else targets
 
 
@@ -455,15 +456,25 @@ def _metrics(
 def measure(result: Result) -> list[Metric]:
     """Trace, norm, spectrum and label alignment (`kernels.metrics`) of a kernel.
 
-    Of diagonal blocks it is their mean over the outputs that is measured. A mixed kernel has
-    singular values in place of eigenvalues, and no trace. The alignment of one logit's kernel is
-    that with the labels of its class.
+    Of diagonal blocks it is their mean Θ̄ over the c outputs that is measured, and trace and norm of
+    a mean are those of Θ̄ ⊗ I_c, so that they can be set beside those of a full kernel: the trace is
+    the same number, the norm at most that of the full one. A mixed kernel has singular values in
+    place of eigenvalues, and no trace. The alignment of one logit's kernel is that with the labels
+    of its class.
     """
     size, targets = len(result.spectrum), _one_hot(result)
     found = _metrics(result.kernel, result.spectrum, targets)
+    norm, unit, outputs = "norm ‖Θ‖_F", UNIT, result.plan.outputs
+    if outputs in ("diagonal", "trace"):
+        norm, classes = "norm ‖Θ̄ ⊗ I‖_F, Θ̄ the mean over outputs", _classes(result)
+        found = {**found, "norm": found["norm"] * classes**0.5}
+        if "trace" in found:
+            found["trace"] = found["trace"] * classes
+    elif outputs != "full":
+        unit = f"{UNIT}, output {outputs}"
     rows = [
-        ("trace", "trace", UNIT),
-        ("norm ‖Θ‖_F", "norm", UNIT),
+        ("trace", "trace", unit),
+        (norm, "norm", unit),
         ("effective rank", "rank", f"of {size}"),
         ("condition number", "condition", "ratio"),
         ("spectrum mass, top 1", "first", "share"),
@@ -497,8 +508,7 @@ def save(result: Result, file: Path) -> None:
     arrays = {"kernel": kernel, "x1": inputs.x1, "x2": inputs.x2, "labels": inputs.labels}
     names = {"network": source.name, "state": source.state, "inputs": inputs.name}
     arrays |= names | {"outputs": str(plan.outputs)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    files.save_arrays(file, {name: array for name, array in arrays.items() if array is not None})
 
 
 def record(result: Result, metrics: list[Metric]) -> dict[str, Any]:
@@ -526,12 +536,14 @@ def figures(result: Result) -> dict[str, Figure]:
     """
     source, inputs, chosen, kernel, values = result
     title = ", ".join(filter(None, (source.name, source.state, inputs.name)))
-    if kernel.ndim == 2:
+    of_mean, spectrum = ": mean over outputs", source.name
+    if chosen.outputs != "full":
         one = isinstance(chosen.outputs, int)
-        title += f": output {chosen.outputs}" if one else ": mean over outputs"
+        spectrum += f": output {chosen.outputs}" if one else of_mean
+        title += f": output {chosen.outputs}" if one else of_mean if kernel.ndim == 2 else ""
     drawn = {
         "kernel": plots.kernel(kernel, title),
-        "spectrum": plots.spectrum({source.name: values}),
+        "spectrum": plots.spectrum({spectrum: values}),
     }
     shape = inputs.x1.shape
     if inputs.x2 is None and len(shape) == 4 and shape[-1] in (1, 3):

@@ -6,7 +6,6 @@ Lengths are in units of the noise σ, which is 1; radii of the strong threat are
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tyro.conf import arg, subcommand
 
-from ntk_awt import data, linear, plots, threats
+from ntk_awt import data, files, linear, plots, threats
 from ntk_awt.config import DataConfig
 from ntk_awt.errors import InputError, check_count, check_number, choose
 from ntk_awt.linear.experiments import in_parallel
@@ -686,19 +685,26 @@ STUDIES: dict[type, Callable[[Any, Bar], Found]] = {
 """What computes a study, by its settings."""
 
 
+def output_folder(settings: Settings) -> Path:
+    """Where `save` writes."""
+    return settings.out or Path("runs") / f"linear-{type(settings).__name__.lower()}"
+
+
 def run(settings: Settings, bar: Bar) -> Found:
     """Compute the study that the settings belong to.
 
     Raises:
-        InputError: bad settings, or missing or bad data files.
+        InputError: bad settings, missing or bad data files, or results that cannot be written.
     """
+    files.check_folder("--out", output_folder(settings))
+    files.check_output("--json", settings.json_file, ".json")
     return STUDIES[type(settings)](settings, bar)
 
 
 def record(found: Found, settings: Settings) -> dict[str, Any]:
     """The study as JSON values: name, settings, summary, rows."""
-    files = {field.name for field in dataclasses.fields(Files)}
-    values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in files}
+    places = {field.name for field in dataclasses.fields(Files)}
+    values = {k: value for k, value in dataclasses.asdict(settings).items() if k not in places}
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     return {
         "study": found.name,
@@ -714,12 +720,11 @@ def save(found: Found, settings: Settings) -> list[Path]:
     Returns:
         The paths: .svg, .npz, and .json where there is one.
     """
-    folder = settings.out or Path("runs") / f"linear-{found.name}"
+    folder = output_folder(settings)
     plots.save(found.figure, folder, found.name)
-    np.savez(folder / f"{found.name}.npz", **found.arrays)  # pyright: ignore[reportArgumentType]
+    files.save_arrays(folder / f"{found.name}.npz", found.arrays)
     paths = [folder / f"{found.name}{end}" for end in (".svg", ".npz")]
     if settings.json_file is not None:
-        text = json.dumps(record(found, settings), indent=2)
-        settings.json_file.write_text(text + "\n", encoding="utf-8")
+        files.write_json(settings.json_file, record(found, settings))
         paths.append(settings.json_file)
     return paths

@@ -1,12 +1,21 @@
 """Masks as pytrees beside the parameters: scores, allocation of density, selection, gains, files.
 
 A masked network computes f(x; γ⊙m⊙θ) (theory §0): `m` is a pytree of booleans with the structure of
-the parameters, `γ` a pytree of scalars. Kernels (two or more axes) are prunable; biases are always
-kept, with gain 1. Making a mask takes three separate steps: *scores* say which weights matter,
-*allocation* says how many each layer keeps, *selection* keeps exactly that many.
+the parameters, `γ` a pytree of scalars. Making a mask takes three separate steps: *scores* say
+which weights matter, *allocation* says how many each layer keeps, *selection* keeps exactly that
+many.
+
+Weights that multiply (kernels, embeddings) are prunable; biases and what normalisation layers scale
+and shift with are kept whole, with gain 1, also where they have two or more axes as in attention
+[heads, dim] and in stacked layers [layers, dim]. `prunable_leaves` tells them apart by name and
+shape; whatever makes or counts masks takes `prunable=`, a function `(name, leaf) -> bool`, to say
+it otherwise. It has to be the same one everywhere, and may look at names and shapes only, since
+scores and masks are asked too.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -26,6 +35,8 @@ from ntk_awt.errors import (
     choose,
     leaf_name,
 )
+from ntk_awt.network import check_weights_only
+from ntk_awt.precision import wide, widened
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params
 
 Scores: TypeAlias = Any
@@ -49,9 +60,79 @@ class Ticket(NamedTuple):
     gain: Gain
 
 
-def is_prunable(leaf: Any) -> bool:
-    """Whether a mask may prune entries of this leaf: it has two or more axes."""
-    return np.ndim(leaf) >= 2
+Prunable: TypeAlias = Callable[[str, Any], bool]
+"""`(name, leaf) -> bool`: whether a mask may prune entries, e.g. of `dense1/kernel`."""
+
+_KEPT = re.compile(r".*bias(es)?|(.*_)?(scale|offset|shift|beta|gamma|mean|var|variance)")
+"""Names of leaves that are added, or that scale, shift or are statistics of a normalisation."""
+
+_NORMALISATION = re.compile(r".*norm.*|(.*_)?(ln|bn)_?\d*")
+"""Names of layers with such leaves, whatever those are called."""
+
+_PERHAPS = re.compile(r"b.*|.*b")
+"""Names of leaves that are biases if a leaf beside them has their axes and more."""
+
+
+def prunable_leaves(tree: Any, prunable: Prunable | None = None) -> Any:
+    """Which leaves a mask may prune, by role.
+
+    A leaf is prunable if it has two or more axes and is neither named like a bias (`bias`,
+    `in_proj_bias`) nor belongs to a normalisation (`scale`, `offset`, `batch_norm/weight`). One
+    named `b…` or `…b`, and the second of a pair without names as in `(w, b)`, is a bias if the leaf
+    beside it has its axes and more: [layers, dim] beside [layers, in, dim].
+
+    Args:
+        tree: parameters, or scores or a mask of their structure and shapes.
+        prunable: `(name, leaf) -> bool` in place of that rule. Scalars and empty leaves are never
+            prunable.
+
+    Returns:
+        Booleans of Python, the structure of `tree`.
+
+    Raises:
+        InputError: variables of a Flax (Linen) module that are not weights.
+
+    Example:
+        >>> import numpy as np
+        >>> stacked = {"w": np.ones((3, 8, 5)), "b": np.ones((3, 5))}
+        >>> prunable_leaves({"layers": stacked, "b": np.ones((5, 2))})
+        {'b': True, 'layers': {'b': False, 'w': True}}
+        >>> prunable_leaves(stacked, lambda name, leaf: name == "b")
+        {'b': True, 'w': False}
+    """
+    check_weights_only(tree)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    beside = defaultdict(list)
+    for path, leaf in leaves:
+        beside[path[:-1]].append(np.shape(leaf))
+
+    def by_role(path: Any, leaf: Any) -> bool:
+        if np.ndim(leaf) < 2:
+            return False
+        siblings = beside[path[:-1]]
+        parts = leaf_name(path).lower().split("/")
+        if parts[-1] == "value":  # of a variable of Flax
+            parts.pop()
+        *layers, name = parts or [""]
+        if _KEPT.fullmatch(name) or (layers and _NORMALISATION.fullmatch(layers[-1])):
+            return False
+        paired = name == "1" and len(siblings) == 2
+        if not (paired or _PERHAPS.fullmatch(name)):
+            return True
+        return not any(_has_more(shape, np.shape(leaf)) for shape in siblings)
+
+    def one(path: Any, leaf: Any) -> bool:
+        if np.ndim(leaf) == 0 or np.size(leaf) == 0:
+            return False
+        return by_role(path, leaf) if prunable is None else bool(prunable(leaf_name(path), leaf))
+
+    return structure.unflatten([one(path, leaf) for path, leaf in leaves])
+
+
+def _has_more(shape: Sequence[int], part: Sequence[int]) -> bool:
+    """Whether `shape` has all axes of `part` in their order, and others."""
+    axes = iter(shape)
+    return len(shape) > len(part) and all(size in axes for size in part)
 
 
 # ---------------------------------------------------------------- masked networks
@@ -59,7 +140,12 @@ def is_prunable(leaf: Any) -> bool:
 
 def effective(params: Params, mask: Mask, gain: Gain) -> Params:
     """The weights that the masked network uses, γ⊙m⊙θ, leaf by leaf."""
-    return jax.tree.map(lambda w, m, g: w * (m * g).astype(w.dtype), params, mask, gain)
+
+    def scale(w: Any, m: Any, g: Any) -> jax.Array:
+        dtype = jnp.result_type(w)
+        return jnp.asarray(w) * (jnp.asarray(m).astype(dtype) * jnp.asarray(g).astype(dtype))
+
+    return jax.tree.map(scale, params, mask, gain)
 
 
 def masked(apply: ApplyFn, mask: Mask, gain: Gain) -> ApplyFn:
@@ -155,7 +241,9 @@ ALLOCATIONS: dict[str, Callable[[list[np.ndarray], np.ndarray, int], np.ndarray]
 """Allocations by name: `(scores, sizes, total) -> kept entries of each prunable leaf`."""
 
 
-def allocate(scores: Scores, density: float, method: str) -> Counts:
+def allocate(
+    scores: Scores, density: float, method: str, prunable: Prunable | None = None
+) -> Counts:
     """How many entries each leaf keeps; the total over prunable leaves is round(density·size).
 
     - `uniform`: every layer has the same density;
@@ -170,6 +258,7 @@ def allocate(scores: Scores, density: float, method: str) -> Counts:
         scores: the structure and shapes of the parameters; only `global` reads the values.
         density: kept share of all prunable entries, in (0, 1].
         method: a name in `ALLOCATIONS`.
+        prunable: see `prunable_leaves`.
 
     Returns:
         Integers, the structure of the parameters; a leaf that is not prunable keeps all.
@@ -188,10 +277,11 @@ def allocate(scores: Scores, density: float, method: str) -> Counts:
     check_number("density", density, low=0, high=1, low_open=True)
     choose("allocation", method, ALLOCATIONS)
     leaves, structure = jax.tree.flatten(scores)
-    prunable = [np.asarray(s) for s in leaves if is_prunable(s)]
-    if not prunable:
+    chosen = jax.tree.leaves(prunable_leaves(scores, prunable))
+    layers = [np.asarray(s) for s, p in zip(leaves, chosen, strict=True) if p]
+    if not layers:
         return structure.unflatten([np.size(s) for s in leaves])
-    sizes = np.array([s.size for s in prunable])
+    sizes = np.array([s.size for s in layers])
     total = round(density * int(sizes.sum()))
     if total < len(sizes):
         least = np.ceil(1e4 * len(sizes) / sizes.sum()) / 1e4
@@ -200,9 +290,9 @@ def allocate(scores: Scores, density: float, method: str) -> Counts:
             expected=f"at least {least:g} (one weight in each layer)",
             got=f"{density:g}",
         )
-    counts = iter(ALLOCATIONS[method](prunable, sizes, total))
+    counts = iter(ALLOCATIONS[method](layers, sizes, total))
     return structure.unflatten(
-        [int(next(counts)) if is_prunable(s) else np.size(s) for s in leaves]
+        [int(next(counts)) if p else np.size(s) for s, p in zip(leaves, chosen, strict=True)]
     )
 
 
@@ -217,7 +307,7 @@ def _highest(scores: jax.Array, count: Any) -> jax.Array:
     of a negative one with all bits but the sign flipped; so the lowest kept score is found bit by
     bit, in as many passes as it has bits, where sorting takes some ten times as long.
     """
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(wide(scores.dtype))
     kind = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
     bits = jnp.iinfo(kind).bits
     ordered = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), kind)
@@ -225,7 +315,7 @@ def _highest(scores: jax.Array, count: Any) -> jax.Array:
     count = jnp.asarray(count, jnp.int32)
 
     def step(i: jax.Array, lowest: jax.Array) -> jax.Array:
-        higher = lowest + (jnp.ones((), kind) << (bits - 2 - i).astype(kind))
+        higher = lowest + (jnp.ones((), kind) << jnp.asarray(bits - 2 - i).astype(kind))
         return jnp.where(jnp.sum(ordered >= higher, dtype=jnp.int32) >= count, higher, lowest)
 
     positive = jnp.sum(ordered >= 0, dtype=jnp.int32) >= count
@@ -261,14 +351,17 @@ def top_k(scores: Scores, counts: Counts) -> Mask:
     return jax.tree.map(select, scores, counts)
 
 
-def make(scores: Scores, density: float, method: str) -> Mask:
+def make(scores: Scores, density: float, method: str, prunable: Prunable | None = None) -> Mask:
     """Allocation, then selection: a mask of exactly that density.
+
+    Args:
+        scores, density, method, prunable: see `allocate`.
 
     Raises:
         InputError: scores that are NaN or infinite, or what `allocate` raises.
     """
     check_finite("scores", scores)
-    return top_k(scores, allocate(scores, density, method))
+    return top_k(scores, allocate(scores, density, method, prunable))
 
 
 def ones(params: Params) -> Mask:
@@ -281,9 +374,10 @@ def dense(params: Params) -> Ticket:
     return Ticket(params, ones(params), unit_gain(params))
 
 
-def sparse(params: Params, mask: Mask, gain: str) -> Ticket:
+def sparse(params: Params, mask: Mask, gain: str, prunable: Prunable | None = None) -> Ticket:
     """The ticket of a mask: pruned weights at zero, the gain of that name in `GAINS`."""
-    return Ticket(jax.tree.map(lambda w, m: w * m, params, mask), mask, GAINS[gain](params, mask))
+    kept = jax.tree.map(lambda w, m: w * jnp.asarray(m).astype(w.dtype), params, mask)
+    return Ticket(kept, mask, GAINS[gain](params, mask, prunable))
 
 
 # ---------------------------------------------------------------- gains
@@ -301,43 +395,65 @@ def _is_zero(norm: jax.Array) -> bool:
         return False
 
 
-def energy_gain(params: Params, mask: Mask) -> Gain:
+def energy_gain(params: Params, mask: Mask, prunable: Prunable | None = None) -> Gain:
     """Energy-preserving gain γ_l = ‖w_l‖ / ‖m_l⊙w_l‖ of prunable leaves, 1 elsewhere (theory §0).
+
+    The norms are summed in float32 at least, and γ has the dtype of the weights.
 
     For a random mask of density p it is about 1/√p; for a magnitude mask it is not.
 
     Args:
         params: weights.
         mask: booleans (or real numbers), the same structure and shapes.
+        prunable: see `prunable_leaves`.
 
     Returns:
         Scalars, the structure of the parameters.
 
     Raises:
-        InputError: a prunable leaf whose kept weights are all zero; under jit its gain is infinite.
+        InputError: a prunable leaf whose kept weights are all zero; under jit its gain is infinite,
+            or NaN where all of its weights are zero.
     """
 
-    def gain(path: Any, w: jax.Array, m: jax.Array) -> jax.Array:
-        if not is_prunable(w):
+    def gain(path: Any, w: jax.Array, m: jax.Array, p: bool) -> jax.Array:
+        if not p:
             return jnp.ones((), w.dtype)
-        kept = jnp.linalg.norm(jnp.ravel(w * m))
+        values = widened(jnp.ravel(w))
+        kept = jnp.linalg.norm(values * jnp.ravel(m).astype(values.dtype))
         if _is_zero(kept):
-            raise InputError(
-                f"mask {leaf_name(path)}",
-                expected="at least one kept weight that is not zero",
-                got="none",
-                fix="raise the density, or use another allocation",
-            )
-        return (jnp.linalg.norm(jnp.ravel(w)) / kept).astype(w.dtype)
+            raise _no_energy(leaf_name(path), w, m)
+        return (jnp.linalg.norm(values) / kept).astype(w.dtype)
 
-    return jax.tree_util.tree_map_with_path(gain, params, mask)
+    chosen = prunable_leaves(params, prunable)
+    return jax.tree_util.tree_map_with_path(gain, params, mask, chosen)
 
 
-GAINS: dict[str, Callable[[Params, Mask], Gain]] = {
+def _no_energy(name: str, w: Any, m: Any) -> InputError:
+    """Why a leaf has no energy-preserving gain."""
+    w, m = np.asarray(w), np.asarray(m)
+    if not np.isfinite(w).all():
+        return InputError(f"weights {name}", expected="finite values", got="NaN or infinite ones")
+    if not w.any():
+        return InputError(
+            f"weights {name}",
+            expected="some that are not zero, whose energy the gain is to preserve",
+            got="zeros alone",
+            fix="take the gain 'none', or keep the leaf whole (prunable=)",
+        )
+    if not m.any():
+        got, fix = f"none of {m.size}", "raise the density, or use another allocation"
+    else:
+        got, fix = "zeros alone", "choose another mask: its other weights are not zero"
+    return InputError(
+        f"mask {name}", expected="at least one kept weight that is not zero", got=got, fix=fix
+    )
+
+
+GAINS: dict[str, Callable[[Params, Mask, Prunable | None], Gain]] = {
     "energy": energy_gain,
-    "none": lambda params, mask: unit_gain(params),
+    "none": lambda params, mask, prunable: unit_gain(params),
 }
-"""Gains by name: `(params, mask) -> gain`."""
+"""Gains by name: `(params, mask, prunable) -> gain`."""
 
 
 # ---------------------------------------------------------------- statistics
@@ -367,8 +483,8 @@ class LayerStatistics(NamedTuple):
     dead_outputs: int
 
 
-def statistics(mask: Mask, gain: Gain) -> list[LayerStatistics]:
-    """One row for each prunable leaf, in the order of the pytree."""
+def statistics(mask: Mask, gain: Gain, prunable: Prunable | None = None) -> list[LayerStatistics]:
+    """One row for each prunable leaf (see `prunable_leaves`), in the order of the pytree."""
 
     def row(path: Any, m: Any, g: Any) -> LayerStatistics:
         m = np.asarray(m)
@@ -377,22 +493,23 @@ def statistics(mask: Mask, gain: Gain) -> list[LayerStatistics]:
             leaf_name(path),
             m.shape,
             m.size,
-            int(m.sum()),
-            float(m.mean()),
+            int(np.count_nonzero(m)),
+            np.count_nonzero(m) / m.size,
             float(g),
             int((~m.any(axis=(*axes[:-2], axes[-1]))).sum()),
             int((~m.any(axis=axes[:-1])).sum()),
         )
 
-    gains = jax.tree.leaves(gain)
     leaves = jax.tree_util.tree_leaves_with_path(mask)
-    return [row(p, m, g) for (p, m), g in zip(leaves, gains, strict=True) if is_prunable(m)]
+    others = (jax.tree.leaves(gain), jax.tree.leaves(prunable_leaves(mask, prunable)))
+    return [row(path, m, g) for (path, m), g, p in zip(leaves, *others, strict=True) if p]
 
 
-def density(mask: Mask) -> float:
-    """Kept share of all prunable entries; 1 if there are none."""
-    leaves = [np.ravel(m) for m in jax.tree.leaves(mask) if is_prunable(m)]
-    return float(np.concatenate(leaves).mean()) if leaves else 1.0
+def density(mask: Mask, prunable: Prunable | None = None) -> float:
+    """Kept share of all prunable entries (see `prunable_leaves`); 1 if there are none."""
+    chosen = jax.tree.leaves(prunable_leaves(mask, prunable))
+    leaves = [np.ravel(m) for m, p in zip(jax.tree.leaves(mask), chosen, strict=True) if p]
+    return float(np.concatenate(leaves).mean(dtype=np.float64)) if leaves else 1.0
 
 
 # ---------------------------------------------------------------- files
@@ -424,9 +541,10 @@ def load_metadata(path: Path) -> dict[str, str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a bad file raises one of many kinds
+        text = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"ticket {path}", expected="a safetensors file", got=str(error).strip() or "none"
+            f"ticket {path}", expected="a safetensors file", got=text or type(error).__name__
         ) from None
 
 
@@ -466,6 +584,12 @@ def load_ticket(path: Path, like: Params) -> Ticket:
         return structure.unflatten([jnp.asarray(found[n]) for n in names])
 
     ticket = Ticket(part("params"), part("mask"), part("gain", scalars=True))
+    for kind in ("params", "gain"):
+        for name, w in zip(names, jax.tree.leaves(getattr(ticket, kind)), strict=True):
+            if not jnp.issubdtype(w.dtype, jnp.floating):
+                raise InputError(
+                    f"ticket {path}: {kind} {name}", expected="floats", got=f"dtype {w.dtype}"
+                )
     check_finite(f"ticket {path}: params", ticket.params)
     check_finite(f"ticket {path}: gain", ticket.gain)
     for name, m in zip(names, jax.tree.leaves(ticket.mask), strict=True):

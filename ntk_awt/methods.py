@@ -13,8 +13,8 @@ from ntk_awt import config as configs
 from ntk_awt import masks, tickets, training
 from ntk_awt.attacks import Attack
 from ntk_awt.config import MaskConfig, RunConfig, TicketConfig, TrainConfig, VariantConfig
-from ntk_awt.errors import InputError, choose
-from ntk_awt.masks import Scores, Ticket
+from ntk_awt.errors import InputError, check_name, choose
+from ntk_awt.masks import Prunable, Scores, Ticket
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.scores import straight_through
 from ntk_awt.types import ApplyFn, Gain, Key, Mask, Params
@@ -50,6 +50,7 @@ class Trained(NamedTuple):
         key: of batches and attacks.
         mask, train: settings of the run.
         callbacks, checkpoints: as of `training.fit`, for pipelines that train once more.
+        prunable: see `masks.prunable_leaves`.
     """
 
     apply: ApplyFn
@@ -64,11 +65,12 @@ class Trained(NamedTuple):
     train: TrainConfig
     callbacks: tuple[training.Callback, ...] = ()
     checkpoints: Path | None = None
+    prunable: Prunable | None = None
 
 
 def _largest(start: Trained) -> Mask:
     scores = masks.magnitude_scores(start.params)
-    return masks.make(scores, start.mask.density, start.mask.allocation)
+    return masks.make(scores, start.mask.density, start.mask.allocation, start.prunable)
 
 
 def rewind(start: Trained) -> Ticket:
@@ -76,7 +78,7 @@ def rewind(start: Trained) -> Ticket:
 
     Source: Frankle & Carbin, "The lottery ticket hypothesis" (2019), one round of pruning.
     """
-    return masks.sparse(start.initial, _largest(start), start.mask.gain)
+    return masks.sparse(start.initial, _largest(start), start.mask.gain, start.prunable)
 
 
 def prune(start: Trained) -> Ticket:
@@ -89,6 +91,11 @@ def prune(start: Trained) -> Ticket:
     return masks.sparse(start.params, _largest(start), "none")
 
 
+def _relative(w: jax.Array) -> jax.Array:
+    """θ/max|θ|; zero where all of them are."""
+    return w / jnp.max(jnp.abs(w), initial=jnp.finfo(w.dtype).tiny)
+
+
 def hydra(start: Trained) -> Ticket:
     """Three stages: scores that learn under attack which trained weights to keep (HYDRA).
 
@@ -97,13 +104,15 @@ def hydra(start: Trained) -> Ticket:
 
     Source: Sehwag et al., "HYDRA: pruning adversarially robust neural networks" (2020).
     """
-    first = jax.tree.map(lambda w: w / jnp.max(jnp.abs(w)), start.params)
+    first = jax.tree.map(_relative, start.params)
     absolute = masks.magnitude_scores
-    counts = masks.allocate(absolute(first), start.mask.density, start.mask.allocation)
+    counts = masks.allocate(
+        absolute(first), start.mask.density, start.mask.allocation, start.prunable
+    )
 
     def weights(scores: Scores, mask: Mask, gain: Gain) -> Params:
         hard = masks.top_k(absolute(jax.lax.stop_gradient(scores)), counts)
-        soft = straight_through(hard, absolute(scores))
+        soft = straight_through(hard, absolute(scores), start.prunable)
         return jax.tree.map(jnp.multiply, start.params, soft)
 
     found = training.fit(
@@ -200,6 +209,7 @@ def ordered(networks: tuple[str, ...]) -> list[str]:
 def check(config: RunConfig) -> None:
     """Raise unless every network of a run, and what its settings name, is known."""
     for name in config.variants:
+        check_name("variant", name)
         if name in _built_in() or is_file(name):
             raise InputError("variant", expected="a name of its own", got=name, fix="rename it")
     for name in (*config.networks, *config.variants):
@@ -212,5 +222,7 @@ def check(config: RunConfig) -> None:
                 "network file", expected="a name of its own", got=name, fix="rename it"
             )
     labels = [network_label(name) for name in config.networks]
+    for label in labels:
+        check_name("network file", label)
     if len(set(labels)) != len(labels):
         raise InputError("network files", expected="different file names", got=", ".join(labels))

@@ -15,6 +15,7 @@ from matplotlib.colors import CenteredNorm, ListedColormap, to_hex
 from matplotlib.figure import Figure
 
 from ntk_awt.errors import InputError
+from ntk_awt.files import replace
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,11 +44,10 @@ def markers(networks: Sequence[str]) -> dict[str, str]:
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write `name.svg` and `name.png` (144 dots an inch)."""
-    folder.mkdir(parents=True, exist_ok=True)
     # No date and no random identifiers: the same records give the same file, byte by byte.
     with matplotlib.rc_context({"svg.hashsalt": "ntk-awt"}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(folder / f"{name}.png", dpi=144)
+        replace(folder / f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))
+    replace(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=144))
 
 
 def _figure(columns: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:

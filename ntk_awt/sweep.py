@@ -19,9 +19,7 @@ Its folder holds a run folder for each density and seed, and what is gathered fr
 The dense network does not depend on the density: it is trained once a seed.
 """
 
-import json
 import shutil
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +30,7 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 from ntk_awt import config as configs
-from ntk_awt import experiment, methods, plots, report
+from ntk_awt import experiment, files, methods, plots, report
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError, check_number, choose
 from ntk_awt.experiment import Paths, Reporter, Run
@@ -61,6 +59,13 @@ class SweepConfig:
                 )
         for density in self.densities:
             check_number("sweep.densities", density, low=0, high=1, low_open=True)
+        for seed in self.seeds:
+            check_number("sweep.seeds", seed, low=0, high=2**32 - 1)
+        places = [folder(Path(), density, 0) for density in self.densities]
+        if len(set(places)) != len(places):
+            raise InputError(
+                "sweep.densities", expected="six digits at most", got=repr(list(self.densities))
+            )
 
     def run(self, density: float, seed: int) -> RunConfig:
         """The settings of one run."""
@@ -68,11 +73,12 @@ class SweepConfig:
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a config file has the table `sweep`."""
-    try:
-        return "sweep" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return False  # `config.load` says what is wrong
+    """Whether a config file has the table `sweep`.
+
+    Raises:
+        InputError: the file is missing, or is not TOML.
+    """
+    return "sweep" in configs.read(path)
 
 
 def load(path: Path, *, quick: bool = False) -> SweepConfig:
@@ -85,28 +91,30 @@ def load(path: Path, *, quick: bool = False) -> SweepConfig:
     Raises:
         InputError: unknown or ill-typed settings, no densities or seeds, no table `sweep.quick`.
     """
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
-    grid = dict(values.pop("sweep"))
+    values = configs.read(path)
+    grid = configs.convert(values.pop("sweep"), dict[str, Any], f"{path.name}.sweep")
     changes = grid.pop("quick", None)
     if quick:
         if changes is None:
             raise InputError(
                 f"{path.name} with --quick", expected="a table [sweep.quick]", got="none"
             )
+        changes = configs.convert(changes, dict[str, Any], f"{path.name}.sweep.quick")
         grid |= {name: changes[name] for name in ("densities", "seeds") if name in changes}
         rest = {name: v for name, v in changes.items() if name not in ("densities", "seeds")}
         for name, change in rest.items():
-            values[name] = values.get(name, {}) | change if isinstance(change, dict) else change
+            before = values.get(name)
+            tables = isinstance(change, dict) and isinstance(before, dict)
+            values[name] = dict(before or {}) | change if tables else change
     for name in grid:
         choose(f"setting in {path.name}, sweep", name, ("densities", "seeds"))
-    for name in ("densities", "seeds"):
-        if not isinstance(grid.get(name), list):
-            raise InputError(
-                f"{path.name}, sweep.{name}", expected="a list", got=repr(grid.get(name))
-            )
-    base = configs.from_dict(values, where=path.name)
-    densities = tuple(float(d) for d in grid["densities"])
-    return SweepConfig(densities, tuple(grid["seeds"]), base)
+    kinds = {"densities": tuple[float, ...], "seeds": tuple[int, ...]}
+    lists = {}
+    for name, kind in kinds.items():
+        if name not in grid:
+            raise InputError(f"{path.name}.sweep.{name}", expected="a list", got="none")
+        lists[name] = configs.convert(grid[name], kind, f"{path.name}.sweep.{name}")
+    return SweepConfig(**lists, base=configs.from_dict(values, where=path.name))
 
 
 # ---------------------------------------------------------------- running
@@ -130,6 +138,8 @@ def run(config: SweepConfig, root: Path, reporter: Reporter) -> dict[str, Any]:
     """
     for density in config.densities:
         experiment.check_names(config.run(density, config.seeds[0]))
+    files.check_folder("sweep folder", root)
+    files.check_tree(root)
     cells = [(density, seed) for seed in config.seeds for density in config.densities]
     with reporter.bar("sweep", len(cells), "runs") as show:
         for done, (density, seed) in enumerate(cells):
@@ -157,8 +167,7 @@ def adopt_dense(current: Run, other: Paths) -> None:
     first = other.dynamics("dense", 1).parent
     shutil.copytree(first, current.paths.dynamics("dense", 1).parent, dirs_exist_ok=True)
     for source, target in zip(there, here, strict=True):  # the files that say "done" come last
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
+        files.replace(target, lambda path, source=source: shutil.copy2(source, path))
 
 
 # ---------------------------------------------------------------- gathering
@@ -243,9 +252,12 @@ def search_cost(results: Mapping[str, Any], config: RunConfig, name: str) -> dic
     Args:
         results: of the run.
         config: of the run.
-        name: of the network.
+        name: of the network in the config.
     """
-    seconds = results["seconds"].get(f"ticket.{name}", 0.0)
+    label = methods.network_label(name)
+    seconds = results["seconds"].get(f"ticket.{label}", 0.0)
+    if "train.dense" not in results["seconds"]:
+        raise InputError("seconds in results.json", expected="the entry train.dense", got="none")
     epoch = results["seconds"]["train.dense"] / config.train.epochs
     dense = config.train.epochs if methods.resolve(config, name).kind == "pipeline" else 0
     return {"search_seconds": seconds + dense * epoch, "search_epochs": seconds / epoch + dense}
@@ -254,12 +266,13 @@ def search_cost(results: Mapping[str, Any], config: RunConfig, name: str) -> dic
 def collect(config: SweepConfig, root: Path) -> list[dict[str, Any]]:
     """One row for each network of each finished run: density, seed, network and its numbers."""
     rows = []
+    names = {methods.network_label(name): name for name in config.base.networks}
     for density in config.densities:
         for seed in config.seeds:
             results = report.read_results(folder(root, density, seed))
             settings = config.run(density, seed)
             for name, values in results["networks"].items():
-                cost = search_cost(results, settings, name)
+                cost = search_cost(results, settings, names[name])
                 row = {"network": name, "target_density": density, "seed": seed}
                 rows.append(row | values | cost)
     return rows
@@ -302,9 +315,8 @@ def gather(config: SweepConfig, root: Path) -> dict[str, Any]:
         "config": configs.to_dict(config.base),
         "versions": experiment.versions(),
     }
-    text = json.dumps(_strict(found), indent=2, allow_nan=False) + "\n"
-    (root / "sweep.json").write_text(text, encoding="utf-8")
-    (root / "sweep.md").write_text(markdown(found), encoding="utf-8")
+    files.write_json(root / "sweep.json", _strict(found))
+    files.write_text(root / "sweep.md", markdown(found))
     _draw(config, root, rows, found)
     return found
 
@@ -421,7 +433,7 @@ def _draw(
         row | {"density": density, "seed": seed}
         for density in config.densities
         for seed in config.seeds
-        for row in report.read_rows(folder(root, density, seed), "dynamics")
+        for row in report.read_rows(Paths(folder(root, density, seed)).metrics, "dynamics")
     ]
     figures = {
         "accuracy": (

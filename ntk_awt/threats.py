@@ -1,13 +1,15 @@
 """Threat models: the set B(x) of allowed images around x, and the moves an attack needs in it.
 
 A threat model is a pytree whose radii are leaves, so an attack compiled once serves every radius.
-Each set is a ball around x intersected with the pixel box; x itself must lie in the box. The strong
-threat model also limits the part of the perturbation that lies in a signal subspace. The
-constraints hold in real arithmetic, not up to rounding: radii are rounded inwards by the bounds
-given below, so a float64 check finds ‖x̃ − x‖ ≤ ε and x̃ in the box without any slack.
+Each set is a ball around x intersected with the pixel box, which counts x itself as inside. The
+strong threat model also limits the part of the perturbation that lies in a signal subspace. The
+constraints hold in real arithmetic, not up to rounding: radii and the box are rounded inwards by
+the bounds given below, and x + v towards x, so a float64 check finds ‖x̃ − x‖ ≤ ε and x̃ in the box
+without any slack, however large the pixels are.
 """
 
 import math
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from ntk_awt.config import ThreatConfig
 from ntk_awt.errors import InputError, check_finite, check_number, choose
-from ntk_awt.types import Images, Key, PerExample
+from ntk_awt.types import Box, Images, Key, PerExample
 
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 
@@ -27,14 +29,14 @@ class Threat(Protocol):
 
     Attributes:
         epsilon: radius, in pixel units; a traced scalar inside jit.
-        bounds: the pixel box (low, high).
+        bounds: the pixel box (low, high), see `types.Box`.
     """
 
     @property
     def epsilon(self) -> Any: ...
 
     @property
-    def bounds(self) -> tuple[float, float]: ...
+    def bounds(self) -> Box: ...
 
     def project(self, z: Images, x: Images) -> Images:
         """A point of B(x) near z; z itself if it lies in B(x) (rounded inwards)."""
@@ -75,10 +77,10 @@ def register(cls: Class) -> Class:
     """
     leaves = [field.name for field in fields(cls) if field.name != "bounds"]
 
-    def flatten(threat: Any) -> tuple[tuple[Any, ...], tuple[type, tuple[float, float]]]:
+    def flatten(threat: Any) -> tuple[tuple[Any, ...], tuple[type, Box]]:
         return tuple(getattr(threat, name) for name in leaves), (cls, threat.bounds)
 
-    def unflatten(static: tuple[type, tuple[float, float]], values: Any) -> Any:
+    def unflatten(static: tuple[type, Box], values: Any) -> Any:
         # Not through __init__: its checks are for users, and JAX also puts placeholders here.
         threat = object.__new__(cls)
         for name, value in zip([*leaves, "bounds"], [*values, static[1]], strict=True):
@@ -95,6 +97,152 @@ def _round_down(epsilon: Any) -> Any:
         return epsilon
     rounded = np.float32(epsilon)
     return rounded if float(rounded) <= epsilon else np.nextafter(rounded, np.float32(0))
+
+
+def _as_box(bounds: Any) -> Box:
+    """Bounds as floats, or nested tuples of them for arrays, which jit can compile in.
+
+    Raises:
+        InputError: not two of them, or a lowest value that is not at most the highest one.
+    """
+
+    def frozen(values: Any) -> Any:
+        return tuple(map(frozen, values)) if isinstance(values, list) else values
+
+    try:
+        low, high = (np.asarray(bound, np.float64) for bound in bounds)
+        if np.all(low <= high) and np.all(low < np.inf) and np.all(high > -np.inf):
+            return frozen(low.tolist()), frozen(high.tolist())
+    except (TypeError, ValueError):  # of another length, no numbers, shapes that don't broadcast
+        pass
+    raise InputError(
+        "bounds",
+        expected="(low, high) with low ≤ high, numbers or arrays that broadcast to an image",
+        got=f"{bounds}".replace("\n", ""),
+    )
+
+
+def ends(bounds: Box, x: Images) -> tuple[jax.Array, jax.Array]:
+    """The lowest and the highest value that each pixel of B(x) may have, in the dtype of x.
+
+    They are those of the box, rounded inwards, or x itself where it lies beyond: images that were
+    scaled in float32 may be outside by a rounding (`errors.check_images` allows no more), and
+    must not move. So always low ≤ x ≤ high.
+
+    Args:
+        bounds: the pixel box.
+        x: clean images [n, *shape].
+
+    Returns:
+        Two arrays [n, *shape].
+
+    Example:
+        >>> low, high = ends((0.0, [0.5, 1.0]), jnp.array([[0.25, 0.25], [-1e-9, 0.25]]))
+        >>> print(low, high)
+        [[ 0.e+00  0.e+00]
+         [-1.e-09  0.e+00]] [[0.5 1. ]
+         [0.5 1. ]]
+    """
+
+    def inwards(bound: Any, towards: float) -> jax.Array:
+        exact = np.asarray(bound, np.float64)
+        with np.errstate(over="ignore"):
+            near = exact.astype(x.dtype)
+        beyond = near.astype(np.float64) < exact if towards > 0 else near > exact
+        rounded = np.where(beyond, np.nextafter(near, near.dtype.type(towards)), near)
+        return jnp.asarray(rounded.reshape((1,) * (x.ndim - exact.ndim) + exact.shape))
+
+    low, high = bounds
+    return jnp.minimum(inwards(low, np.inf), x), jnp.maximum(inwards(high, -np.inf), x)
+
+
+def corners(bounds: Box, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The darkest and the brightest image of a box, [*shape], float64; infinite where it is open.
+
+    Example:
+        >>> corners(([0.0, -1.0], 2.0), (1, 2))
+        (array([[ 0., -1.]]), array([[2., 2.]]))
+    """
+    low, high = (np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in bounds)
+    return low, high
+
+
+def length_of(threat: Threat, v: Any) -> float:
+    """‖v‖ of one perturbation [*shape], in the norm of the ball.
+
+    Example:
+        >>> length_of(L2(0.1), np.array([3.0, 4.0]))
+        5.0
+    """
+    v = jnp.asarray(v)[None]
+    return float(threat.distance(v, jnp.zeros_like(v))[0])
+
+
+def diameter(threat: Threat, shape: tuple[int, ...]) -> float:
+    """The longest way in the box: a larger ε allows no more. ∞ where the box is open.
+
+    Args:
+        threat: gives the norm and the box.
+        shape: of an image.
+
+    Example:
+        >>> diameter(Linf(0.1), (2, 2)), diameter(L2(0.1), (2, 2))
+        (1.0, 2.0)
+    """
+    low, high = corners(threat.bounds, shape)
+    return length_of(threat, high - low)
+
+
+def _warn_of_large_radius(threat: Threat, shape: tuple[int, ...], stacklevel: int) -> None:
+    epsilon, longest = float(threat.epsilon), diameter(threat, shape)
+    if epsilon > longest * (1 + 1e-6):  # beside the rounding of the diameter
+        warnings.warn(
+            f"epsilon {epsilon:g} is larger than the pixel box, where every image is allowed from "
+            f"{longest:g} on: give it in the unit of the pixels, {epsilon:g}/255 of a range [0, 1] "
+            f"is {epsilon / 255:.3g}",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_threat(threat: Threat, x: np.ndarray) -> None:
+    """Refuse a radius that is none; warn, in one line, of one that does not fit the images.
+
+    Warned of: an ε larger than the box, where every image is allowed, and radii that are lost in
+    the rounding of the images, which then stay as they are and seem to be robust. Float32 cannot
+    change a pixel by less than its spacing there; a perturbation that is even over d pixels changes
+    each one by ε in L∞ and by ε/√d in L2.
+
+    Args:
+        threat: the threat model.
+        x: clean images [n, *shape], n ≥ 1, in the dtype in which they are attacked.
+
+    Raises:
+        InputError: a negative radius, or one that is not finite.
+    """
+    check_number("epsilon", float(threat.epsilon), low=0)
+    if float(threat.epsilon) == 0:
+        return
+    _warn_of_large_radius(threat, x.shape[1:], stacklevel=2)
+    even = float(threat.epsilon) / length_of(threat, np.ones(x.shape[1:]))
+    largest = max(abs(x.min()), abs(x.max()))
+    if np.spacing(largest) > even:
+        stuck = float(np.mean(np.spacing(np.abs(x)) > even))
+        if stuck > 0.5:
+            warnings.warn(
+                f"epsilon {float(threat.epsilon):g}: {stuck:.0%} of the pixels are so large, up to "
+                f"{largest:.3g}, that {x.dtype} cannot change them by {even:.2g}, and stay as they "
+                "are: scale the images down",
+                stacklevel=2,
+            )
+    if isinstance(threat, StrongL2):
+        norms = np.linalg.norm(x.reshape(len(x), -1), axis=1)
+        brightest = jnp.asarray(x[[norms.argmax()]])
+        if float(threat._widths(brightest)[1].min()) == 0:
+            warnings.warn(
+                f"delta {float(threat.delta):g} is below the rounding of the images, which may "
+                "stay as they are: scale them down, or use a larger delta",
+                stacklevel=2,
+            )
 
 
 def _rows(x: Images) -> jax.Array:
@@ -152,17 +300,31 @@ def _uniform_in_unit_ball(keys: Key, x: Images) -> Images:
     return jax.vmap(radius)(keys).reshape(-1, *[1] * (x.ndim - 1)) * _on_unit_sphere(keys, x)
 
 
-def _inner_radius(epsilon: Any, x: Images, bounds: tuple[float, float]) -> jax.Array:
-    """ε less the rounding errors of the norm, the scaling and the sum x + v; 0 below those.
+def _in_dtype(radius: Any, x: Images) -> jax.Array:
+    return jnp.asarray(radius).astype(x.dtype)
+
+
+def _inner_radius(epsilon: Any, x: Images) -> jax.Array:
+    """ε less the rounding errors of a length: what measures no more is no longer than ε; 0 below.
 
     The sum of d squares errs by at most about √d units of roundoff (pairwise summation errs less),
-    each of the other operations by one; x + v errs by one unit of roundoff of a value of size at
-    most max|bounds| in each of d coordinates.
+    the differences z − x, the root, the scaling and the sum x + v by one each. Squares below 2⁻¹²⁶,
+    the smallest normal float32, may be lost: of d of them, √d·2⁻⁶³ of the length at most. The size
+    of x does not enter, see `_towards`.
     """
     root = math.sqrt(math.prod(x.shape[1:]))
-    largest = max(abs(bound) for bound in bounds)
-    relative, absolute = 4 * (root + 4) * _UNIT_ROUNDOFF, 2 * root * largest * _UNIT_ROUNDOFF
-    return jnp.maximum(epsilon * (1 - relative) - absolute, 0.0)
+    relative = 4 * (root + 4) * _UNIT_ROUNDOFF
+    return jnp.maximum(_in_dtype(epsilon, x) * (1 - relative) - root * 2.0**-63, 0.0)
+
+
+def _towards(x: Images, v: Images) -> Images:
+    """x + v, each entry rounded towards x: none is further from x than v, but for a relative u.
+
+    The nearest float to x + v may lie beyond it, by half the spacing of floats there, whatever the
+    length of v; its neighbour on the side of x does not.
+    """
+    z = x + v
+    return jnp.where(jnp.abs(z - x) > jnp.abs(v), jnp.nextafter(z, x), z)
 
 
 @dataclass(frozen=True)
@@ -170,10 +332,11 @@ class _Ball:
     """Radius and pixel box of a threat model."""
 
     epsilon: Any
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: Box = (0.0, 1.0)
 
     def __post_init__(self):
         object.__setattr__(self, "epsilon", _round_down(self.epsilon))
+        object.__setattr__(self, "bounds", _as_box(self.bounds))
 
     def distance(self, z: Images, x: Images) -> PerExample:
         """‖z − x‖₂."""
@@ -181,7 +344,7 @@ class _Ball:
 
     def gauge(self, z: Images, x: Images) -> PerExample:
         """‖z − x‖/ε."""
-        return _parts(self.distance(z, x), self.epsilon)
+        return _parts(self.distance(z, x), _in_dtype(self.epsilon, x))
 
 
 @register
@@ -194,18 +357,19 @@ class Linf(_Ball):
 
         Each end is moved one float towards x, since x ± ε is rounded to the nearest float.
         """
-        low = jnp.minimum(jnp.nextafter(x - self.epsilon, jnp.inf), x)
-        high = jnp.maximum(jnp.nextafter(x + self.epsilon, -jnp.inf), x)
-        return jnp.clip(jnp.clip(z, low, high), *self.bounds)
+        epsilon, infinity = _in_dtype(self.epsilon, x), jnp.asarray(jnp.inf, x.dtype)
+        low = jnp.minimum(jnp.nextafter(x - epsilon, infinity), x)
+        high = jnp.maximum(jnp.nextafter(x + epsilon, -infinity), x)
+        return jnp.clip(jnp.clip(z, low, high), *ends(self.bounds, x))
 
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""
-        return self.project(x + self.epsilon * self._in_unit_ball(keys, x), x)
+        return self.project(x + _in_dtype(self.epsilon, x) * self._in_unit_ball(keys, x), x)
 
     def sphere_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, scaled to its surface, then projected."""
         noise = _largest_is_one(self._in_unit_ball(keys, x))
-        return self.project(x + self.epsilon * noise, x)
+        return self.project(x + _in_dtype(self.epsilon, x) * noise, x)
 
     @staticmethod
     def _in_unit_ball(keys: Key, x: Images) -> Images:
@@ -231,19 +395,20 @@ class L2(_Ball):
         Clipping moves every coordinate towards x, which is in the box, so it keeps the ball.
         """
         v = z - x
-        norms, radius = _norms(v), _inner_radius(self.epsilon, x, self.bounds)
+        norms, radius = _norms(v), _inner_radius(self.epsilon, x)
         scale = _down_to(radius, norms)
-        moved = jnp.where(scale < 1, x + v * scale, z)
-        # Below the roundings of the norm, and where its squares underflow, only x is left.
-        return jnp.clip(jnp.where(radius > 0, moved, x), *self.bounds)
+        moved = jnp.where(scale < 1, _towards(x, v * scale), z)
+        # Where the squares of the norm underflow only x is left.
+        return jnp.clip(jnp.where(radius > 0, moved, x), *ends(self.bounds, x))
 
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""
-        return self.project(x + self.epsilon * _uniform_in_unit_ball(keys, x), x)
+        step = _in_dtype(self.epsilon, x) * _uniform_in_unit_ball(keys, x)
+        return self.project(x + step, x)
 
     def sphere_start(self, keys: Key, x: Images) -> Images:
         """Uniform on the sphere, then projected."""
-        return self.project(x + self.epsilon * _on_unit_sphere(keys, x), x)
+        return self.project(x + _in_dtype(self.epsilon, x) * _on_unit_sphere(keys, x), x)
 
     def ascent(self, gradient: Images) -> Images:
         """gradient / ‖gradient‖₂, or 0 where the gradient is 0."""
@@ -334,13 +499,13 @@ def _as_leaf(basis: Any) -> Any:
 
 
 def _coordinates(v: jax.Array, basis: jax.Array) -> jax.Array:
-    """Uᵀv of each row, [n, k]; in full float32 also where a GPU would round the factors."""
-    return jnp.matmul(v, basis, precision=jax.lax.Precision.HIGHEST)
+    """The rows of v times the basis; in full float32 also where a GPU would round the factors."""
+    return jnp.matmul(v, basis.astype(v.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def _split(v: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each row's parts inside and across the span of the basis: UUᵀv and v − UUᵀv."""
-    inside = jnp.matmul(_coordinates(v, basis), basis.T, precision=jax.lax.Precision.HIGHEST)
+    inside = _coordinates(_coordinates(v, basis), basis.T)
     return inside, v - inside
 
 
@@ -393,8 +558,8 @@ class StrongL2:
 
     Attributes:
         epsilon: ε, in pixel units.
-        delta: δ, in pixel units; from ε on it does not limit. Below some 2(√d + ε√(dk))·1e-7 it is
-            lost in rounding, and B(x) = {x}.
+        delta: δ, in pixel units; from ε on it does not limit. Below some 2ε√(dk)·1e-7 it is lost in
+            rounding, and B(x) = {x}; so it may be below 2‖x‖·1e-7, by the rounding of x + v.
         basis: U, [d, k] for images of d pixels in all; made orthonormal. Only its span matters.
         bounds: the pixel box.
 
@@ -414,10 +579,11 @@ class StrongL2:
     epsilon: Any
     delta: Any
     basis: Any
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: Box = (0.0, 1.0)
 
     def __post_init__(self):
         object.__setattr__(self, "epsilon", _round_down(self.epsilon))
+        object.__setattr__(self, "bounds", _as_box(self.bounds))
         object.__setattr__(self, "delta", _round_down(self.delta))
         object.__setattr__(self, "basis", _as_leaf(self.basis))
 
@@ -429,15 +595,19 @@ class StrongL2:
                 got=f"shape {self.basis.shape}",
             )
 
-    def _inner_width(self, x: Images) -> jax.Array:
-        """δ less the rounding errors, as for ε; beside those, the errors that grow with ε.
+    def _widths(self, x: Images) -> tuple[jax.Array, jax.Array]:
+        """δ less rounding errors: of a signal that is measured [], and of one to scale to [n, 1].
 
         A coordinate u·v errs by about √d units of roundoff of ‖v‖ ≤ ε, and the rounded basis turns
-        v by √k at most.
+        v by √k at most. To scale, x + v is rounded: each entry by less than the spacing there, two
+        units of roundoff of |x| + |v|, which in all moves the signal by 2u(‖x‖ + ε) at most.
         """
         d, k = self.basis.shape
-        turned = 4 * math.sqrt(k) * (math.sqrt(d) + 4) * _UNIT_ROUNDOFF * self.epsilon
-        return jnp.maximum(_inner_radius(self.delta, x, self.bounds) - turned, 0.0)
+        epsilon = _in_dtype(self.epsilon, x)
+        turned = 4 * math.sqrt(k) * (math.sqrt(d) + 4) * _UNIT_ROUNDOFF * epsilon
+        measured = jnp.maximum(_inner_radius(self.delta, x) - turned, 0.0)
+        added = 2 * _UNIT_ROUNDOFF * (_norms(_rows(x)) + epsilon)
+        return measured, jnp.maximum(measured - added, 0.0)
 
     def project(self, z: Images, x: Images) -> Images:
         """The nearest point of B(x) to z, nearly; exactly inside B(x).
@@ -450,8 +620,8 @@ class StrongL2:
         """
         self._check(x)
         flat_x, flat_z = _rows(x), _rows(z)
-        radius, width = _inner_radius(self.epsilon, x, self.bounds), self._inner_width(x)
-        low, high = self.bounds
+        low, high = map(_rows, ends(self.bounds, x))
+        radius, (measured, width) = _inner_radius(self.epsilon, x), self._widths(x)
 
         def lengths(v: jax.Array) -> tuple[jax.Array, jax.Array]:
             return _norms(v), _norms(_coordinates(v, self.basis))
@@ -459,24 +629,25 @@ class StrongL2:
         v = flat_z - flat_x
         norm, signal = lengths(v)
         in_box = jnp.all((flat_z >= low) & (flat_z <= high), axis=1, keepdims=True)
-        fits = in_box & (norm <= radius) & (signal <= width)
+        fits = in_box & (norm <= radius) & (signal <= measured)
         v = _nearest(v, low - flat_x, high - flat_x, self.basis, radius, width)
         moved = jnp.clip(flat_x + v, low, high)
         norm, signal = lengths(moved - flat_x)
         scale = jnp.minimum(_down_to(radius, norm), _down_to(width, signal))
-        scaled = jnp.clip(flat_x + (moved - flat_x) * scale, low, high)
-        nearest = jnp.where(scale < 1, scaled, moved)
+        scaled = jnp.clip(_towards(flat_x, (moved - flat_x) * scale), low, high)
+        nearest = jnp.where((norm <= radius) & (signal <= measured), moved, scaled)
         result = jnp.where(fits, flat_z, nearest)
-        # Below the roundings of the norms only x is left.
-        return jnp.where((radius > 0) & (width > 0), result, flat_x).reshape(x.shape)
+        # Below the roundings of the lengths only x is left.
+        return jnp.where((radius > 0) & (measured > 0), result, flat_x).reshape(x.shape)
 
     def random_start(self, keys: Key, x: Images) -> Images:
         """Uniform in the ball, then projected."""
-        return self.project(x + self.epsilon * _uniform_in_unit_ball(keys, x), x)
+        step = _in_dtype(self.epsilon, x) * _uniform_in_unit_ball(keys, x)
+        return self.project(x + step, x)
 
     def sphere_start(self, keys: Key, x: Images) -> Images:
         """Uniform on the sphere, then projected."""
-        return self.project(x + self.epsilon * _on_unit_sphere(keys, x), x)
+        return self.project(x + _in_dtype(self.epsilon, x) * _on_unit_sphere(keys, x), x)
 
     def ascent(self, gradient: Images) -> Images:
         """v/ε with v = argmax ⟨g, v⟩ over ‖v‖ ≤ ε, ‖Uᵀv‖ ≤ δ, g the gradient; 0 where g is 0.
@@ -488,7 +659,8 @@ class StrongL2:
         g = _largest_is_one(_rows(gradient))
         inside, across = _split(g, self.basis)
         a, b, norm = _norms(inside), _norms(across), _norms(g)
-        ratio = jnp.where(self.delta < self.epsilon, _over(self.delta, self.epsilon), 1.0)
+        epsilon, delta = _in_dtype(self.epsilon, g), _in_dtype(self.delta, g)
+        ratio = jnp.where(delta < epsilon, _over(delta, epsilon), 1.0)
         noise = 8 * (math.sqrt(g.shape[1]) + 4) * _UNIT_ROUNDOFF * norm
         sideways = jnp.where(b > noise, _over(across, b), 0.0)
         limited = ratio * _over(inside, a) + jnp.sqrt(1 - ratio**2) * sideways
@@ -501,7 +673,8 @@ class StrongL2:
     def gauge(self, z: Images, x: Images) -> PerExample:
         """max(‖z − x‖₂/ε, ‖Uᵀ(z − x)‖₂/δ)."""
         signal = jnp.linalg.norm(_coordinates(_rows(z) - _rows(x), self.basis), axis=1)
-        return jnp.maximum(_parts(self.distance(z, x), self.epsilon), _parts(signal, self.delta))
+        epsilon, delta = _in_dtype(self.epsilon, x), _in_dtype(self.delta, x)
+        return jnp.maximum(_parts(self.distance(z, x), epsilon), _parts(signal, delta))
 
 
 THREATS: dict[str, type[Linf] | type[L2] | type[StrongL2]] = {
@@ -512,7 +685,7 @@ THREATS: dict[str, type[Linf] | type[L2] | type[StrongL2]] = {
 """Threat models by name: `(epsilon, …, bounds) -> threat model`."""
 
 
-def build(config: ThreatConfig, bounds: tuple[float, float], basis: Any = None) -> Threat:
+def build(config: ThreatConfig, bounds: Box, basis: Any = None) -> Threat:
     """The threat model that `config` describes, on a data set with these pixel bounds.
 
     Args:
@@ -521,7 +694,8 @@ def build(config: ThreatConfig, bounds: tuple[float, float], basis: Any = None) 
         basis: the signal's directions [d, k], for strong-l2 only.
 
     Raises:
-        InputError: unknown name, ε < 0, or for strong-l2 no basis, or a δ lost in rounding.
+        InputError: unknown name, ε < 0, or for strong-l2 no basis, or a δ lost in rounding whatever
+            the images.
 
     Example:
         >>> build(ThreatConfig(name="l2", epsilon=0.5), (0.0, 1.0)).bounds
@@ -529,14 +703,19 @@ def build(config: ThreatConfig, bounds: tuple[float, float], basis: Any = None) 
     """
     choose("threat model", config.name, THREATS)
     check_number("epsilon", config.epsilon, low=0)
-    if config.name != "strong-l2":
-        return {"linf": Linf, "l2": L2}[config.name](config.epsilon, bounds)
+    if config.name == "linf":
+        threat = Linf(config.epsilon, bounds)
+        # What the L2 balls of the box reach depends on the number of pixels: see `check_threat`.
+        _warn_of_large_radius(threat, np.broadcast_shapes(*map(np.shape, bounds)), stacklevel=2)
+        return threat
+    if config.name == "l2":
+        return L2(config.epsilon, bounds)
     check_number("delta", config.delta, low=0)
     if basis is None:
         raise InputError("basis", expected="the signal's directions [d, k]", got="none")
     threat = StrongL2(config.epsilon, config.delta, basis, bounds)
-    one_image = jnp.zeros((1, threat.basis.shape[0]))
-    if config.epsilon > 0 and threat._inner_width(one_image) == 0:
+    black_image = jnp.zeros((1, threat.basis.shape[0]))
+    if config.epsilon > 0 and threat._widths(black_image)[1] == 0:
         raise InputError(
             "delta",
             expected="a limit that float32 images can meet",

@@ -2,7 +2,9 @@
 
 Batches and attacks depend on the key and the step only. So networks trained with the same key see
 the same images in the same order, and a training resumed from a checkpoint gives the numbers of an
-uninterrupted one. Pruned weights stay exactly zero, since the network is f(x; γ⊙m⊙θ).
+uninterrupted one. Pruned entries of θ keep their values, bit by bit, whatever the optimiser: the
+network is f(x; γ⊙m⊙θ), and no update reaches them. Weight decay acts on all that is kept, biases
+and normalisation included.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,7 +119,11 @@ OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
     "adam": _with_penalty(optax.adam),
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
 }
-"""Optimisers by name: `(learning rate or schedule, weight decay) -> gradient transformation`."""
+"""Optimisers by name: `(learning rate or schedule, weight decay) -> gradient transformation`.
+
+The decay λ adds λθ to the gradient (an L2 penalty of λ/2 ‖θ‖²); with adamw it is decoupled, −ηλθ in
+each update. It acts on every leaf; `fit` keeps pruned entries where they are.
+"""
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
@@ -248,7 +254,9 @@ def _epoch(
 
         (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        moved = optax.apply_updates(state.params, updates)
+        # Weight decay knows no mask: it would move what is pruned and not zero.
+        params = jax.tree.map(jnp.where, ticket.mask, moved, state.params)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == batch.y)
         return TrainState(state.step + 1, params, optimizer_state), (value, accuracy)
 

@@ -27,6 +27,13 @@ Labels: TypeAlias = Int[Array, "n"]
 Logits: TypeAlias = Float[Array, "n c"]
 PerExample: TypeAlias = Float[Array, "n"]
 
+Box: TypeAlias = tuple[Any, Any]
+"""The lowest and the highest value of a pixel, in pixel units.
+
+Each one is a number, ∓∞ where there is no limit, or an array that broadcasts to one image: [c] for
+images [h, w, c], [c, 1, 1] for images [c, h, w].
+"""
+
 ApplyFn: TypeAlias = Callable[[Params, Images], Logits]
 
 

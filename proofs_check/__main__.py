@@ -5,4 +5,5 @@ import sys
 from ntk_awt.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["verify", *sys.argv[1:]]))
+    sys.argv.insert(1, "verify")
+    sys.exit(main())

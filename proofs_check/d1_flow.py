@@ -93,11 +93,11 @@ def draw(
     """Weights N(0, 1) (NTK parametrisation), random masks and the gain 1/√p of `count` networks."""
 
     def mask(w: Any) -> np.ndarray:
-        prune = density if masks.is_prunable(w) else 1.0
+        prune = density if len(w.shape) > 1 else 1.0
         return rng.random((count, *w.shape)) < prune
 
     def gain(w: Any) -> np.ndarray:
-        return np.full(count, density**-0.5 if masks.is_prunable(w) else 1.0)
+        return np.full(count, density**-0.5 if len(w.shape) > 1 else 1.0)
 
     weights = jax.tree.map(lambda w: rng.standard_normal((count, *w.shape)), shapes)
     return weights, jax.tree.map(mask, shapes), jax.tree.map(gain, shapes)

@@ -125,8 +125,7 @@ def drawn_pairs(shapes: Any, rng: np.random.Generator, count: int) -> Ticket:
         return np.stack(np.broadcast_arrays(dense, sparse), 1)
 
     def leaf(values: np.ndarray) -> Ticket:
-        prunable = masks.is_prunable(values[0])
-        kept = rng.uniform(size=values.shape) < (DENSITY if prunable else 1)
+        kept = rng.uniform(size=values.shape) < (DENSITY if values[0].ndim > 1 else 1)
         axes = tuple(range(1, values.ndim))
         norms = [np.sqrt(np.sum(v**2, axes)) for v in (values, values * kept)]
         return Ticket(

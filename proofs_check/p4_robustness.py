@@ -493,7 +493,7 @@ def _drawn(rng: np.random.Generator, make: Callable[[Key], Network]) -> Network:
     network = untrained(make)
 
     def leaf(w: Any) -> Any:
-        spread = np.sqrt(2 / np.prod(w.shape[:-1])) if masks.is_prunable(w) else 0.0
+        spread = np.sqrt(2 / np.prod(w.shape[:-1])) if w.ndim > 1 else 0.0
         return (spread * rng.standard_normal(w.shape)).astype(np.float32)
 
     return Network(network.apply, jax.tree.map(leaf, network.params))

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ntk_awt import plots, report
+from ntk_awt import files, plots, report
 from ntk_awt.experiment import versions
 from proofs_check.core import Outcome
 from proofs_check.verification import Result
@@ -52,6 +52,5 @@ def write(results: list[Result], path: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         figures = {r.statement.number: _figure(r, Path(folder)) for r in results}
     text = report.render("proofs.html", results=results, figures=figures, versions=versions())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    files.write_text(path, text)
     return path

@@ -15,18 +15,21 @@ import pytest
 import ntk_awt
 
 ROOT = Path(ntk_awt.__file__).parents[1]
-BASE = {"errors", "types", "config", "files", "_version"}
+BASE = {"errors", "types", "config", "files", "network", "precision", "_version"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "ntk_awt": {"_version"},
     "_version": set(),
     "errors": set(),
     "types": set(),
-    "files": set(),
-    "config": {"errors", "types"},
+    "files": {"errors"},
+    "network": {"errors"},
+    "precision": set(),
+    "interrupts": set(),
+    "config": {"errors", "files", "types"},
     "checkpoints": {"errors"},
-    "plots": {"errors"},
-    "report": {"errors", "plots"},
+    "plots": {"errors", "files"},
+    "report": {"errors", "files", "plots"},
     "data": BASE,
     "convolution": set(),
     "schedules": set(),
@@ -55,7 +58,15 @@ MAY_IMPORT["inspection"] = {"experiment"}
 MAY_IMPORT["robustness"] = {"inspection", "experiment"}
 MAY_IMPORT["linear_study"] = {"linear", "plots", "data"}
 MAY_IMPORT["sweep"] = {"experiment"}
-MAY_IMPORT["cli"] = {"experiment", "inspection", "linear_study", "robustness", "sweep"}
+MAY_IMPORT["cli"] = {
+    "experiment",
+    "inspection",
+    "interrupts",
+    "linear_study",
+    "robustness",
+    "sweep",
+}
+MAY_IMPORT["__main__"] = {"cli", "interrupts"}
 
 INTERNALS = (
     "jax._src",
@@ -217,7 +228,11 @@ def test_lazy_module_is_listed_and_loads(name: str):
 def test_every_public_module_is_lazily_exposed():
     public = {m.name for m in pkgutil.iter_modules(ntk_awt.__path__) if not m.name.startswith("_")}
     assert set(ntk_awt._MODULES) <= public
-    assert public - set(ntk_awt._MODULES) <= {"cli", "checkpoints"}  # entry point; internal
+    assert public - set(ntk_awt._MODULES) <= {
+        "cli",
+        "interrupts",
+        "checkpoints",
+    }  # entry point; internal
 
 
 def test_version_and_unknown_attribute():

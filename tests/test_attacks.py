@@ -609,7 +609,10 @@ BAD = {
     "scalar outputs": ({"apply": lambda p, x: apply(p, x)[:, 0]}, "logits: expected shape"),
     "other batch": ({"apply": lambda p, x: apply(p, x)[:2]}, "logits: expected shape"),
     "infinite logits": ({"apply": infinite_logits}, "loss under attack: expected finite values"),
-    "NaN weights": ({"params": jax.tree.map(lambda w: w * np.nan, PARAMS)}, "loss under attack"),
+    "NaN weights": (
+        {"params": jax.tree.map(lambda w: w * np.nan, PARAMS)},
+        "params: 0: expected finite",
+    ),
 }
 
 

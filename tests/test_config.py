@@ -53,7 +53,7 @@ CHOICES = {
 }
 """Settings with a fixed list of values."""
 
-RANGES = {"seed": (0, 2**32 - 1), "ticket_batch_size": (2, 2**63)}
+RANGES = {"seed": (0, 2**32 - 1), "ticket_batch_size": (2, 2**31 - 1)}
 """Integer settings that may not be every number from 1 on."""
 
 NOT_HASHED = {"networks", "variants", "data.data_dir"}
@@ -102,7 +102,7 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy:
         return st.lists(st.integers(1, 4096), max_size=4).map(tuple)
     if last == "variants":
         return st.dictionaries(text, st.builds(lambda name: VariantConfig(name), text), max_size=2)
-    low, high = RANGES.get(last, (1, 2**63))
+    low, high = RANGES.get(last, (1, 2**31 - 1))
     return {
         bool: st.booleans(),
         int: st.integers(low, high),
@@ -178,6 +178,9 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ("ticket.distance", "abs", "one of absolute, relative"),
         ("ticket.jacobian", "dense", "one of full, masked"),
         ("train.epochs", 0, "[1, ∞)"),
+        ("train.epochs", 2.5, "a whole number in [1, 2³¹), got 2.5"),
+        ("train.epochs", 2**31, "a whole number in [1, 2³¹)"),
+        ("train.learning_rate", 1e31, "a number in (0, 1e+30], got 1e+31"),
         ("train.batch_size", 0, "[1, ∞)"),
         ("train.learning_rate", 0.0, "(0, ∞)"),
         ("train.weight_decay", -1e-4, "[0, ∞)"),
@@ -286,8 +289,8 @@ def test_defaults_and_whole_numbers():
         ({"data": {"train_size": True}}, r"config.data.train_size: .* int, got True"),
         ({"model": {"widths": [10, "20"]}}, r"config.model.widths: .* int, got '20'"),
         ({"model": {"widths": [10, 20.0]}}, r"config.model.widths: .* int, got 20.0"),
-        ({"model": {"widths": 10}}, r"config.model.widths: .* tuple, got 10"),
-        ({"networks": "dense"}, r"config.networks: .* tuple, got 'dense'"),
+        ({"model": {"widths": 10}}, r"config.model.widths: .* list, got 10"),
+        ({"networks": "dense"}, r"config.networks: .* list, got 'dense'"),
         ({"networks": ["dense", 1]}, r"config.networks: .* str, got 1"),
         ({"model": 3}, r"config.model: expected a table of settings, got 3"),
         ({"variants": {"a": {}}}, r"config.variants.a: expected the setting method, got none"),

@@ -261,17 +261,18 @@ def test_a_line_cut_by_a_kill_is_dropped(finished, tmp_path):
     path.write_text("".join(lines[:5]) + lines[5][:20])
     log = experiment.Log(path)
     assert [json.dumps(row) + "\n" for row in log.rows] == lines[:5]
-    assert path.read_text() == "".join(lines[:5])
+    log.add([json.loads(lines[5])])
+    assert path.read_text() == "".join(lines[:6])
 
 
 def test_a_step_said_again_replaces_what_came_after_it(tmp_path):
     log = experiment.Log(tmp_path / "metrics.jsonl")
-    row = {"stage": "train", "network": "a"}
-    log.add([row | {"step": step, "value": 0} for step in (1, 2, 3)])
-    log.add([{"stage": "train", "network": "b", "step": 1, "value": 0}])
-    log.add([row | {"step": 2, "value": 1}])
+    row = {"stage": "ticket", "network": "a"}
+    log.add([row | {"step": step, "seconds": 0} for step in (1, 2, 3)])
+    log.add([row | {"network": "b", "step": 1, "seconds": 0}])
+    log.add([row | {"step": 2, "seconds": 1}])
     kept = [
-        (r["network"], r["step"], r["value"])
+        (r["network"], r["step"], r["seconds"])
         for r in experiment.Log(tmp_path / "metrics.jsonl").rows
     ]
     assert kept == [("a", 1, 0), ("b", 1, 0), ("a", 2, 1)]

@@ -267,7 +267,7 @@ def images(attack: Any) -> np.ndarray:
 
 RULES: dict[str, Callable[[Any], Flag]] = {
     "ball": lambda attack: hygiene.ball(images(attack), X, THREAT),
-    "box": lambda attack: hygiene.box(images(attack), THREAT),
+    "box": lambda attack: hygiene.box(images(attack), X, THREAT),
     "moves at zero": lambda attack: zero_radius(
         subject().under(attack, scaled(THREAT, 0.0), KEY).images, X
     ),

@@ -492,7 +492,10 @@ class _Other:
             {"apply": lambda w, x: x / (x @ w - 1)},
             "a division, root or logarithm may leave its domain",
         ),
-        ({"apply": lambda w, x: (x @ w).astype(int) * 1.0}, "convert_element_type from float32 to int"),
+        (
+            {"apply": lambda w, x: (x @ w).astype(int) * 1.0},
+            "convert_element_type from float32 to int",
+        ),
         (
             {"apply": lambda w, x: (x @ w)[:, 0]},
             "logits: expected shape (1, classes), got shape (1,)",
@@ -502,7 +505,7 @@ class _Other:
         ({"x": np.full((1, 2), 1.5)}, "images: expected values in [0, 1]"),
         ({"x": np.zeros((1, 2), int)}, "images: expected floating-point images"),
         ({"x": np.zeros((0, 2))}, "images: expected at least one, got none"),
-        ({"w": np.full((2, 2), np.nan)}, "weights: expected finite values"),
+        ({"w": np.full((2, 2), np.nan)}, "params: expected finite values"),
         ({"v": np.zeros((2, 3))}, "second network : expected shape (2, 2), got shape (2, 3)"),
         ({"v": np.full((2, 2), np.inf)}, "second network: expected finite values"),
         ({"apply": lambda w, x: jnp.exp(1e6 * (1 + x @ w))}, "bounds"),

@@ -269,13 +269,6 @@ def products_of_weights(p, x):
     return jnp.tanh(p["s"] * (x @ (p["w"] * p["s"]))) @ (p["v"] / p["s"])
 
 
-@case({"w": (6, 4), "b": (4,), "v": (4, 2)}, "v w")
-def weight_in_another_type(p, x):
-    """The weight is a product's; what is added to it is rounded on the way, so no bias."""
-    b = p["b"].astype(jnp.float16).astype(x.dtype)
-    return jnp.tanh(x @ p["w"] + b) @ p["v"]
-
-
 @case({"w": (6, 4), "b": (4,), "v": (4, 2)}, "v")
 def weight_normalised(p, x):
     return jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)) + p["b"]) @ p["v"]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from ntk_awt import kernels
 from ntk_awt.errors import InputError
@@ -152,6 +152,26 @@ def flops(compute):
     return compiled.cost_analysis()["flops"]
 
 
+MAPPED = ("mlp-dense", "cnn-dense-trace-tiles", "cnn-ticket-contraction")
+"""Cases whose rows are shared by `jax.shard_map` around `kernels.empirical`, with its checks."""
+
+
+def mapped(case, mesh, call):
+    """`call(kernel, params)` on every device, `kernel(params)` of its own images."""
+    (apply, params, x1, x2), options = case.arguments()
+
+    def local(params, x1, x2):
+        return call(lambda w: kernels.empirical(apply, w, x1, x2, **options), params)
+
+    rows, same = PartitionSpec("rows"), PartitionSpec()
+    specs: Any = {"in_specs": (same, rows, same), "mesh": mesh}
+    return lambda out: jax.jit(jax.shard_map(local, out_specs=out, **specs))(params, x1, x2)
+
+
+def mapped_gradient(kernel, params):
+    return jax.tree.leaves(jax.grad(lambda w: jnp.sum(jnp.sin(kernel(w))))(params))
+
+
 def four_devices(folder):
     """The part with four simulated devices: kernels and gradients as .npz, the rest as JSON."""
     assert len(jax.devices()) == 4
@@ -165,6 +185,11 @@ def four_devices(folder):
     for name in GRADIENTS:
         leaves = gradient(partial(sharded.empirical, mesh=line), CASES[name])
         found |= {f"{name}/{i}": leaf for i, leaf in enumerate(leaves)}
+    for name in MAPPED:
+        kernel = mapped(CASES[name], line, lambda kernel, params: kernel(params))
+        found[f"mapped {name}"] = kernel(PartitionSpec("rows"))
+    leaves = mapped(CASES["mlp-dense"], line, mapped_gradient)(PartitionSpec())
+    found |= {f"mapped gradient/{i}": leaf for i, leaf in enumerate(leaves)}
     # What was computed on several devices must leave no trace in what is computed on one.
     leaves = gradient(kernels.empirical, CASES["mlp-ticket"])
     facts["meshes"] = [str(jax.typeof(leaf).sharding.mesh) for leaf in leaves]
@@ -250,6 +275,18 @@ def alone(case):
     arguments, options = case.arguments()
     options.pop("axis", None)
     return np.asarray(kernels.empirical(*arguments, **options))
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_inside_shard_map(four, name):
+    """Each device has the kernel of its own images, not a sum over the devices."""
+    assert agree(four[0][f"mapped {name}"], alone(CASES[name]))
+
+
+def test_gradient_inside_shard_map(four):
+    expected = gradient(kernels.empirical, CASES["mlp-dense"])
+    for i, leaf in enumerate(expected):
+        assert agree(four[0][f"mapped gradient/{i}"], leaf)
 
 
 @pytest.mark.parametrize("name", CASES)

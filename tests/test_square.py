@@ -143,12 +143,33 @@ def test_images_that_are_vectors():
     assert np.any(np.asarray(linear(w, z)).argmax(1) != Y)
 
 
+def test_channels_that_are_given():
+    """Where the shape does not tell, a setting does: [c, h, w] gets the moves of [h, w, c]."""
+    x, first = X[:, :2, :, :], np.moveaxis(X[:, :2, :, :], -1, 1)  # [2, 6, 2] and [2, 2, 6]
+    w = RNG.normal(size=(24, 3)).astype(np.float32)
+
+    def found(z: np.ndarray, channels: int | None) -> np.ndarray:
+        def never_wrong(params: Any, z: Any) -> Any:
+            z = z if z.shape[1:] == x.shape[1:] else jnp.moveaxis(z, 1, -1)
+            return linear(params, z) + 100 * jax.nn.one_hot(Y, 3)
+
+        attack, loss = Square(20, channels=channels), cross_entropy(never_wrong, w, jnp.asarray(Y))
+        return np.asarray(
+            jax.jit(lambda t: attack.run(loss, jnp.asarray(z), t, KEYS)[0])(Linf(0.1))
+        )
+
+    wanted = found(x, None)
+    np.testing.assert_array_equal(np.moveaxis(found(first, 0), 1, -1), wanted)
+    assert abs(np.moveaxis(found(first, None), 1, -1) - wanted).max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"steps": -1}, "Square steps: expected a whole number"),
         ({"share": 0.0}, "Square share: expected a number in"),
         ({"share": 1.5}, "Square share: expected a number in"),
+        ({"channels": 3}, "Square channels: expected an axis of a picture"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], match: str):

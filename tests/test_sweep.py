@@ -98,7 +98,7 @@ def test_quick_changes_the_grid_and_the_settings(file):
         ("densities = [0.1, 0.3]", "densities = []", "one or more"),
         ("densities = [0.1, 0.3]", "densities = [0.1, 3]", "densities"),
         ("seeds = [0, 1]", "seeds = [1, 1]", "each once"),
-        ("seeds = [0, 1]", "seeds = 3", "a list"),
+        ("seeds = [0, 1]", "seeds = 3", "a value of type list, got 3"),
         ("seeds = [0, 1]", "seeds = [0]\nseed = 1", "setting in small.toml, sweep"),
         ("[sweep.quick]", "[sweep.quik]", "setting in small.toml, sweep"),
         ("[variants.mine]", "[variants.my]", "network"),
@@ -126,7 +126,8 @@ def test_a_run_s_config_is_not_a_sweep(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("seed = 3\n", encoding="utf-8")
     assert not sweep.is_sweep(path)
-    assert not sweep.is_sweep(tmp_path / "nothing.toml")
+    with pytest.raises(InputError, match=r"nothing\.toml: expected a TOML file"):
+        sweep.is_sweep(tmp_path / "nothing.toml")
 
 
 def results(root: Path, density: float):

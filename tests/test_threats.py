@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -56,19 +57,43 @@ class Case(NamedTuple):
     z: np.ndarray
     x: np.ndarray
     epsilon: float
-    bounds: tuple[float, float]
+    bounds: Any
+
+
+UNIT = (0.0, 1.0)
+Z_SCORED = (-0.857142857142857, 2.0)  # of (pixel − 0.3)/0.35; the lower end is no float32
+OPEN = (-math.inf, math.inf)
+
+
+def by_pixel(d: int) -> Any:
+    """Bounds of every other pixel: [-1, 1/3], and open above from 0.1."""
+    odd = np.arange(d) % 2
+    return np.where(odd, 0.1, -1.0), np.where(odd, math.inf, 1 / 3)
+
+
+BOXES: dict[str, Callable[[int], Any]] = {
+    "unit": lambda d: UNIT,
+    "z-scored": lambda d: Z_SCORED,
+    "open": lambda d: OPEN,
+    "by pixel": by_pixel,
+}
 
 
 KINDS = ("far", "near", "inside", "sphere", "shift", "inward", "huge", "same")
 
 
-def case(
-    name: str, n: int, d: int, kind: str, epsilon: float, seed: int, bounds: tuple[float, float]
-) -> Case:
-    """Random images with about half of their coordinates exactly at the ends of the box."""
+def case(name: str, n: int, d: int, kind: str, epsilon: float, seed: int, bounds: Any) -> Case:
+    """Random images with about half of their coordinates exactly at the ends of the box.
+
+    Where the box is open the images are of any size up to 1e6.
+    """
     rng = np.random.default_rng(seed)
-    low, high = bounds
-    x = np.clip(rng.uniform(low - (high - low) / 2, high + (high - low) / 2, (n, d)), low, high)
+    size = 10.0 ** rng.uniform(-2, 6)
+    low, high = (np.broadcast_to(np.asarray(bound, np.float64), d) for bound in bounds)
+    darkest = np.where(np.isinf(low), -size, low)
+    brightest = np.where(np.isinf(high), darkest + 2 * size, high)
+    width = brightest - darkest
+    x = np.clip(rng.uniform(darkest - width / 2, brightest + width / 2, (n, d)), low, high)
     x = x.astype(np.float32)
     noise = rng.normal(size=(n, d))
     noise /= norms(noise, ORDER[name])[:, None]  # on the unit sphere of the ball's norm
@@ -78,7 +103,10 @@ def case(
         "inside": epsilon * noise * rng.uniform(0, 1, (n, 1)),
         "sphere": epsilon * noise,
         "shift": np.full((n, d), rng.uniform(-1, 1)),
-        "inward": 2 * epsilon * np.abs(noise) * np.where(x < (low + high) / 2, 1, -1),  # no clip
+        "inward": 2
+        * epsilon
+        * np.abs(noise)
+        * np.where(x < (darkest + brightest) / 2, 1, -1),  # no clip
         "huge": 1e15 * noise,
         "same": 0 * noise,
     }[kind]
@@ -91,20 +119,23 @@ SHAPES = [(4, 1), (1, 2), (4, 17), (2, 784), (4, 3000)]
 
 def cases(name: str) -> st.SearchStrategy[Case]:
     return st.builds(
-        lambda shape, *rest: case(name, *shape, *rest),
-        st.sampled_from(SHAPES),
+        lambda where, kind, epsilon, seed: case(
+            name, where[0][0], where[0][1], kind, epsilon, seed, BOXES[where[1]](where[0][1])
+        ),
+        st.sampled_from(list(itertools.product(SHAPES, BOXES))[::3]),  # each of both is among them
         st.sampled_from(KINDS),
         st.one_of(st.sampled_from(EPSILONS), st.floats(1e-6, 10)),
         st.integers(0, 2**32 - 1),
-        st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (-0.5, 2.0)]),
     )
 
 
 # ---------------------------------------------------------------- checks
 
 
-def check_inside(z: Any, x: Any, name: str, epsilon: float, bounds: tuple[float, float]) -> None:
+def check_inside(z: Any, x: Any, name: str, epsilon: float, bounds: Any) -> None:
     """Both constraints hold in float64 without any slack, and nothing is NaN.
+
+    What the images were scaled to may itself be beyond the box by a rounding.
 
     For L∞ float64 subtraction of float32 values and the comparison are exact wherever it matters;
     the float64 L2 norm errs by less than 1e-12 relative, against a margin of 1e-6.
@@ -118,8 +149,9 @@ def check_inside(z: Any, x: Any, name: str, epsilon: float, bounds: tuple[float,
         stored = np.asarray(make(name, epsilon, v.shape[1]).basis, np.float64)
         assert np.all(norms(v @ stored, 2) <= RATIO * epsilon)
         assert np.all(norms(threat_models.signal(v), 2) <= RATIO * epsilon)
-    assert z.min() >= bounds[0]
-    assert z.max() <= bounds[1]
+    low, high = (np.asarray(bound, np.float64) for bound in bounds)
+    assert np.all(z >= np.minimum(low, x))
+    assert np.all(z <= np.maximum(high, x))
 
 
 def check_projection(cls: Any, name: str, c: Case) -> None:
@@ -130,27 +162,27 @@ def check_projection(cls: Any, name: str, c: Case) -> None:
     check_inside(p, x, name, epsilon, bounds)
 
     # Closed form in float64. L∞ moves an end by one float, after two roundings, and so is within
-    # 4u·(|x| + ε) of it. L2: the documented shrinking of the radius (relative 4(√d + 4)u, absolute
-    # 2√d·max|bounds|·u) with rounding errors of v = z − x, of its norm and of the sum of the size
-    # of that margin at most. The strong model's limit on the signal is shrunk by 4√k(√d + 4)u·ε
-    # more; its nearest points have tests of their own.
+    # 4u·(|x| + ε) of it. L2: the documented shrinking of the radius, relative 4(√d + 4)u, and the
+    # rounding of each entry of the sum and of the box by less than a spacing, 2u(|x| + ε); rounding
+    # errors of v = z − x and of its norm, of the size of that at most. The strong model's limit on
+    # the signal is shrunk by 4√k(√d + 4)u·ε more; its nearest points have tests of their own.
     z64, x64 = z.astype(np.float64), x.astype(np.float64)
+    low, high = (np.asarray(bound, np.float64) for bound in bounds)
     v = z64 - x64
-    root, largest = math.sqrt(x[0].size), max(map(abs, bounds))
+    root = math.sqrt(x[0].size)
     if name == "linf":
-        slack = 4 * U * (largest + epsilon)
-        wanted = np.clip(np.clip(z64, x64 - epsilon, x64 + epsilon), *bounds)
+        slack = 4 * U * (norms(x, np.inf) + epsilon)
+        wanted = np.clip(np.clip(z64, x64 - epsilon, x64 + epsilon), low, high)
     else:
-        slack = 2 * (4 * (root + 4) * U * epsilon + 2 * root * largest * U)
+        slack = 2 * (4 * (root + 4) * U * epsilon + 2 * U * (norms(x, 2) + epsilon))
         length = norms(v, 2)[:, None]
-        wanted = np.clip(x64 + v * np.minimum(1, epsilon / np.where(length, length, 1)), *bounds)
-    inside = (norms(v, ORDER[name]) <= epsilon - slack) & (z >= bounds[0]).all(1)
-    inside &= (z <= bounds[1]).all(1)
+        wanted = np.clip(x64 + v * np.minimum(1, epsilon / np.where(length, length, 1)), low, high)
+    inside = (norms(v, ORDER[name]) <= epsilon - slack) & (z >= low).all(1) & (z <= high).all(1)
     if name == "strong-l2":
         slack += 8 * math.sqrt(3) * (root + 4) * U * epsilon
         inside &= norms(threat_models.signal(v), 2) <= RATIO * epsilon - slack
     else:
-        assert norms(p - wanted, ORDER[name]).max() <= slack
+        assert np.all(norms(p - wanted, ORDER[name]) <= slack)
 
     # What lies in the set, by that margin, comes back bit by bit.
     np.testing.assert_array_equal(p[inside], z[inside])
@@ -160,7 +192,7 @@ def check_projection(cls: Any, name: str, c: Case) -> None:
     check_inside(again, x, name, epsilon, bounds)
     # L2 and strong L2 measure the point that they made with a rounded norm, so they may scale a
     # second time.
-    assert norms(again - p, ORDER[name]).max() <= (0 if name == "linf" else slack)
+    assert np.all(norms(again - p, ORDER[name]) <= (0 if name == "linf" else slack))
 
     nothing = make(name, 0.0, x.shape[1], bounds, cls)
     np.testing.assert_array_equal(project(nothing, z, x), x)
@@ -693,7 +725,24 @@ def gradient_over_norm(self: Any, gradient: Any) -> Any:
     return gradient / jnp.maximum(length, 1e-38)
 
 
+def to_nearest(self: Any, z: Any, x: Any) -> Any:
+    """With a sum that is rounded to the nearest float."""
+    v = z - x
+    inner = 0.9999 * self.epsilon  # below the rounding of the norm
+    length = jnp.linalg.norm(v, axis=1, keepdims=True)
+    moved = jnp.where(length > inner, x + v * (inner / jnp.maximum(length, 1e-30)), z)
+    return jnp.clip(moved, *threats.ends(self.bounds, x))
+
+
+def into_the_box(self: Any, z: Any, x: Any) -> Any:
+    """Also where the image itself is beyond it by a rounding."""
+    p = Linf.project(self, z, x)
+    return jnp.clip(p, *threats.ends(self.bounds, jnp.zeros_like(x)))
+
+
 WRONG_PROJECTIONS = {
+    "linf: images moved into the box": ("linf", into_the_box),
+    "l2: sum rounded to nearest": ("l2", to_nearest),
     "linf: ends rounded to nearest": ("linf", nearest_ends),
     "linf: box forgotten": ("linf", lambda s, z, x: Linf(s.epsilon, (-9.0, 9.0)).project(z, x)),
     "l2: full radius": ("l2", full_radius),
@@ -711,9 +760,9 @@ def test_wrong_projections_are_rejected(wrong_one: str):
     name, method = WRONG_PROJECTIONS[wrong_one]
 
     def check(cls: Any) -> None:
-        for kind in KINDS:
+        for kind, box in itertools.product(KINDS, BOXES):
             for seed in range(3):  # 0.25 is a float, so no rounding of the radius helps
-                check_projection(cls, name, case(name, 4, 17, kind, 0.25, seed, (0.0, 1.0)))
+                check_projection(cls, name, case(name, 4, 17, kind, 0.25, seed, BOXES[box](17)))
 
     check(THREATS[name])
     with pytest.raises(AssertionError):  # a lambda, since a partial is no method

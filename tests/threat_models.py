@@ -17,9 +17,7 @@ def basis(d: int) -> np.ndarray:
     return np.random.default_rng(d).normal(size=(d, min(3, d)))
 
 
-def make(
-    name: str, epsilon: float, d: int, bounds: tuple[float, float] = (0.0, 1.0), cls: Any = None
-) -> Any:
+def make(name: str, epsilon: float, d: int, bounds: Any = (0.0, 1.0), cls: Any = None) -> Any:
     """The threat model `name`, or one of class `cls` with the same fields."""
     cls = cls or THREATS[name]
     if issubclass(cls, StrongL2):

@@ -185,12 +185,13 @@ class APGD:
             checked_loss=lowest,
             halved=~false,
         )
-        windows = np.zeros(self.steps, np.int32)
+        windows = np.zeros(self.steps)
         last = 0
         for at in checkpoints(self.steps):
             if at < self.steps:
                 windows[at], last = at - last, at
-        state, _ = jax.lax.scan(step, first, (jnp.arange(self.steps), jnp.asarray(windows)))
+        at_steps = jnp.arange(self.steps), jnp.asarray(windows, x.dtype)
+        state, _ = jax.lax.scan(step, first, at_steps)
         (_, (value, logits)) = values(state.z)
         return state.found_with(seen(loss, state.z, logits), value)
 
@@ -205,7 +206,7 @@ class APGD:
             best_loss=jnp.where(better, value, state.best_loss),
             best_gradient=select(better, gradient, state.best_gradient),
             last_loss=value,
-            rises=state.rises + ((value > state.last_loss) & (index > 0)),
+            rises=state.rises + ((value > state.last_loss) & (index > 0)).astype(value.dtype),
             # Up to the first checkpoint "since the last one" means since the start.
             checked_loss=jnp.where(index == 0, value, state.checked_loss),
         )

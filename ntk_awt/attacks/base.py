@@ -14,12 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntk_awt.errors import InputError, check_finite, check_images, check_labels, check_number
-from ntk_awt.threats import Threat
+from ntk_awt.errors import InputError, check_finite, check_images, check_labels
+from ntk_awt.network import check_network
+from ntk_awt.threats import Threat, check_threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
 
 LossFn: TypeAlias = Callable[[Images], PerExample]
 """`images[n, *shape] -> loss[n]`; the loss of an image depends on that image alone."""
+
+
+def check_classes(shape: tuple[int, ...]) -> None:
+    """Raise unless logits of this shape tell two classes or more apart."""
+    if shape[-1] < 2:
+        raise InputError(
+            "logits",
+            expected="those of two classes or more",
+            got=f"shape {shape}",
+            fix="for one output f give the logits (−f/2, f/2): their softmax is the sigmoid of f",
+        )
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,17 @@ class NetworkLoss:
     value: Callable[[Logits, Labels], PerExample]
 
     def logits(self, z: Images) -> Logits:
-        """f(z), [n, c]."""
-        return self.apply(self.params, z)
+        """f(z), [n, c], in the dtype of z: attacks add and compare in that of the images."""
+        if jnp.finfo(z.dtype).bits < 32:
+            raise InputError(
+                "attacked images",
+                expected="float32 or float64, in which small steps are not lost",
+                got=f"{z.dtype}",
+                fix="images.astype('float32'); the weights may stay as they are",
+            )
+        logits = self.apply(self.params, z)
+        check_classes(logits.shape)
+        return logits.astype(z.dtype)
 
     def of(self, logits: Logits) -> PerExample:
         """ℓ of logits that are known already."""
@@ -62,7 +83,8 @@ class Attack(Protocol):
         Args:
             loss: to be maximised, for each image separately; attacks that want misclassified points
                 rather than a high loss take the logits and labels from it.
-            x: clean images [n, *shape], floating, inside `threat.bounds`.
+            x: clean images [n, *shape], float32 or float64, inside `threat.bounds`; everything that
+                an attack keeps has their dtype.
             threat: the allowed set.
             keys: one random key an image, [n]; an image's result depends on its own key only.
 
@@ -146,27 +168,24 @@ def check_examples(
         apply, params: the network.
         x: images [n, *shape], floating, inside `threat.bounds`.
         y: labels [n], integers.
-        threat: its radius must not be negative.
+        threat: its radius must not be negative; it warns of one that does not fit the images.
 
     Returns:
         The images and the labels in host memory: float32 (float64 images stay so where x64 is
         enabled) and int32.
 
     Raises:
-        InputError: what is wrong, see `perturb`.
+        InputError: what is wrong, see `perturb` and `network.check_network`.
     """
-    check_number("epsilon", float(threat.epsilon), low=0)
     check_images("images", x, threat.bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")
     wanted = np.float64 if np.asarray(x).dtype == np.float64 else np.float32
     images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
-    logits = jax.eval_shape(apply, params, images)
-    if logits.ndim != 2 or logits.shape[0] != len(x):
-        raise InputError(
-            "logits", expected=f"shape ({len(x)}, classes)", got=f"shape {logits.shape}"
-        )
-    check_labels("labels", y, len(x), logits.shape[1])
+    check_threat(threat, images)
+    classes = check_network(apply, params, images, empty=True)
+    check_classes((len(x), classes))
+    check_labels("labels", y, len(x), classes)
     return images, np.asarray(y, np.int32)
 
 
@@ -198,7 +217,8 @@ def perturb(
 
     Raises:
         InputError: images that are integer, NaN or out of range, labels out of range or of another
-            shape, a negative radius, logits that are not finite.
+            shape, a negative radius, a network that is none (`network.check_network`), logits
+            that are not finite or of a single class.
 
     Example:
         >>> import jax, jax.numpy as jnp

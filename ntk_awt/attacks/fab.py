@@ -15,7 +15,7 @@ from ntk_awt.attacks.base import NetworkLoss, run_keys, select, wide
 from ntk_awt.attacks.found import Found, better_of, nothing, seen, targets_of
 from ntk_awt.attacks.losses import targeted_margin
 from ntk_awt.errors import check_count
-from ntk_awt.threats import Threat
+from ntk_awt.threats import Threat, ends
 from ntk_awt.types import Images, Key, Labels, Logits, PerExample
 
 _BACK_TO_IMAGE = 0.1
@@ -54,20 +54,20 @@ def to_boundary(threat: Threat, z: Images, gradient: Images, gap: PerExample) ->
         >>> print(to_boundary(Linf(0.1), z, g, jnp.array([1.0])))  # the first pixel ends at 1
         [[0.25  0.375]]
     """
-    low, high = threat.bounds
+    low, high = ends(threat.bounds, z)
     axes = tuple(range(1, z.ndim))
     ascent = threat.ascent(gradient)
     direction = ascent * wide(jnp.where(gap < 0, -1.0, 1.0).astype(z.dtype), z)
     room = jnp.where(direction > 0, high - z, z - low)
-    ends = jnp.where(direction == 0, 0.0, room / jnp.where(direction == 0, 1.0, abs(direction)))
+    longest = jnp.where(direction == 0, 0.0, room / jnp.where(direction == 0, 1.0, abs(direction)))
     gains = gradient * ascent
 
     def newton(_: int, t: PerExample) -> PerExample:
-        free = ends > wide(t, z)
-        reached = jnp.sum(gains * jnp.minimum(wide(t, z), ends), axes)
+        free = longest > wide(t, z)
+        reached = jnp.sum(gains * jnp.minimum(wide(t, z), longest), axes)
         slope = jnp.sum(jnp.where(free, gains, 0.0), axes)
         further = (abs(gap) - reached) / jnp.where(slope > 0, slope, 1.0)
-        return t + jnp.where(slope > 0, jnp.maximum(further, 0.0), ends.max(axes))
+        return t + jnp.where(slope > 0, jnp.maximum(further, 0.0), longest.max(axes))
 
     t = jax.lax.fori_loop(0, _NEWTON_STEPS, newton, jnp.zeros(z.shape[:1], z.dtype))
     return jnp.sign(direction) * jnp.minimum(wide(t, z) * abs(direction), room)
@@ -170,7 +170,7 @@ class FAB:
             a, b = threat.gauge(z + from_z, z), threat.gauge(x + from_x, x)
             alpha = wide(jnp.minimum(a / jnp.where(a + b > 0, a + b, 1.0), _BACK_TO_IMAGE), x)
             moved = (1 - alpha) * (z + _OVERSHOOT * from_z) + alpha * (x + _OVERSHOOT * from_x)
-            moved = jnp.clip(moved, *threat.bounds).astype(x.dtype)
+            moved = jnp.clip(moved, *ends(threat.bounds, x)).astype(x.dtype)
             # Where a gradient is not finite there is nowhere to go.
             ok = jnp.isfinite(moved).reshape(len(x), -1).all(1)
             state = state._replace(z=select(ok, moved, z))

@@ -54,7 +54,7 @@ class PGD:
 
         def look(z: Images) -> Found:
             if not self.misclassified:
-                return Found(z, loss(z), jnp.zeros(x.shape[:1], bool))
+                return Found(z, loss(z).astype(x.dtype), jnp.zeros(x.shape[:1], bool))
             assert isinstance(loss, NetworkLoss)
             return seen(loss, z, loss.logits(z))
 

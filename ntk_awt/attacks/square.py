@@ -4,7 +4,6 @@ Source: Andriushchenko, Croce, Flammarion and Hein, "Square attack: a query-effi
 adversarial attack via random search" (2020), algorithms 1 to 3.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 from ntk_awt.attacks.base import NetworkLoss, run_keys
 from ntk_awt.attacks.found import Found, keep, nothing, seen
 from ntk_awt.attacks.losses import margin
-from ntk_awt.errors import check_count, check_number
+from ntk_awt.errors import InputError, check_count, check_number
 from ntk_awt.threats import Linf, Threat
 from ntk_awt.types import Images, Key, PerExample
 
@@ -106,6 +105,21 @@ def _tiles(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     return pattern.astype(np.float32), number.astype(np.int32)
 
 
+_MOST_CHANNELS = 4
+"""An axis of at most that many entries holds channels rather than rows or columns."""
+
+
+def channel_axis(shape: tuple[int, ...]) -> int:
+    """Where the channels of an image are: last, or first if only the first axis can be theirs.
+
+    Example:
+        >>> [channel_axis(shape) for shape in [(32, 32, 3), (3, 32, 32), (4, 4, 4), (9, 9, 9)]]
+        [-1, 0, -1, -1]
+    """
+    first, *rest = shape
+    return 0 if first <= _MOST_CHANNELS < min(rest) else -1
+
+
 def _normalised(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return v / (jnp.sqrt(jnp.sum(v**2, axes, keepdims=True)) + 1e-12)
 
@@ -132,43 +146,69 @@ class Square:
     projects. L2: a start of bumps on a grid; each query moves the norm inside a second window, and
     what is left of ε², to two bumps in the first one; other sets take the L2 moves and project. A
     query counts if the margin grows; an image that is misclassified is done. Images that are no
-    pictures [h, w, c] are cut into pieces instead of squares.
+    pictures, of three axes with the channels last or first, are cut into pieces instead of squares.
 
     One run costs at most `steps` + 1 forward passes; it ends when all images are misclassified.
 
     Attributes:
         steps: queries.
         share: p, the share of pixels that the first queries change, in (0, 1].
+        channels: the axis of a picture's channels, -1 in [h, w, c] and 0 in [c, h, w]; None finds
+            it by the shape, see `channel_axis`.
 
     Returns (of `run`): the first misclassified point, and where there is none the one of the
     largest margin.
 
     Raises:
-        InputError: steps that are no whole number ≥ 0, or a share outside (0, 1].
+        InputError: steps that are no whole number ≥ 0, a share outside (0, 1], or channels that
+            are no axis of an image.
     """
 
     steps: int = 5000
     share: float = 0.8
+    channels: int | None = None
 
     def __post_init__(self):
         check_count("Square steps", self.steps, low=0)
         check_number("Square share", self.share, low=0, high=1, low_open=True)
+        if self.channels not in (None, -3, -2, -1, 0, 1, 2):
+            raise InputError(
+                "Square channels", expected="an axis of a picture, or None", got=f"{self.channels}"
+            )
 
     def run(
         self, loss: NetworkLoss, x: Images, threat: Threat, keys: Key
     ) -> tuple[Images, PerExample]:
         """See `Attack.run`."""
-        h, w, c = x.shape[1:] if x.ndim == 4 else (math.prod(x.shape[1:]), 1, 1)
+        if x.ndim == 4:
+            axis = channel_axis(x.shape[1:]) if self.channels is None else self.channels
+            place = axis if axis < 0 else axis + 1  # in the batch
+
+            def pictures(z: Images) -> Images:
+                return jnp.moveaxis(z, place, -1)
+
+            def as_given(z: Images) -> Images:
+                return jnp.moveaxis(z, -1, place)
+        else:
+
+            def pictures(z: Images) -> Images:
+                return z.reshape(len(z), -1, 1, 1)
+
+            def as_given(z: Images) -> Images:
+                return z.reshape(x.shape)
+
+        images = pictures(x)
+        h, w, c = images.shape[1:]
         shape = (h, w, c)
-        images = x.reshape(-1, *shape)
         square = isinstance(threat, Linf)
         windows = _windows(shape, shares(max(self.steps, 1), self.share), norm_ball=not square)
         heights, widths, kinds, patterns = map(jnp.asarray, windows)
-        radius = jnp.asarray(threat.epsilon, x.dtype)
+        patterns, radius = patterns.astype(x.dtype), jnp.asarray(threat.epsilon).astype(x.dtype)
         pattern, tile = map(jnp.asarray, _tiles(shape))
+        pattern = pattern.astype(x.dtype)
 
         def look(state: _State, proposed: jax.Array) -> _State:
-            z = threat.project(proposed.reshape(x.shape), x).astype(x.dtype)
+            z = threat.project(as_given(proposed), x).astype(x.dtype)
             logits = loss.logits(z)
             new, ahead = seen(loss, z, logits), margin(logits, loss.labels)
             better = ~state.found.fooled & (new.fooled | (ahead > state.margin))
@@ -197,7 +237,7 @@ class Square:
                     (jnp.arange(n) >= c) & (jnp.arange(n) < c + s)
                     for n, c, s in zip(shape[:2], corner, size, strict=True)
                 ]
-                return corner, (inside[0][:, None] & inside[1])[..., None]
+                return corner, (inside[0][:, None] & inside[1][None])[..., None]
 
             corner, here = window(where)
             if square:
@@ -213,7 +253,7 @@ class Square:
             return radius * _normalised(v, (0, 1, 2))
 
         def step(state: _State) -> _State:
-            best = state.found.images.reshape(images.shape)
+            best = pictures(state.found.images)
             moves = jax.vmap(propose, (0, 0, None))(
                 run_keys(keys, state.query + 1), best - images, state.query
             )

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float
 from ntk_awt.dynamics.flow import floats
 from ntk_awt.errors import (
     InputError,
-    check_finite,
     check_images,
     check_labels,
     check_number,
@@ -33,7 +32,8 @@ from ntk_awt.errors import (
     choose,
 )
 from ntk_awt.kernels.program import Step, evaluate
-from ntk_awt.threats import L2, Linf, StrongL2, Threat
+from ntk_awt.network import check_network, check_params
+from ntk_awt.threats import L2, Linf, StrongL2, Threat, ends
 from ntk_awt.types import ApplyFn, Images, Labels, Params, PerExample
 
 LIPSCHITZ = {"cross_entropy": 2.0**0.5, "logistic": 1.0}
@@ -958,8 +958,8 @@ def _run(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[_Pair]) -> list[
 def _start(x: Array, threat: Any) -> _Box:
     """One image's threat set: the box around it in the pixel box, and the ball if it is one."""
     epsilon = jnp.asarray(threat.epsilon, x.dtype)
-    bounds = [jnp.broadcast_to(jnp.asarray(end, x.dtype), x.shape) for end in threat.bounds]
-    box = _Box(jnp.clip(x - epsilon, *bounds), jnp.clip(x + epsilon, *bounds))
+    low, high = ends(threat.bounds, x)
+    box = _Box(jnp.clip(x - epsilon, low, high), jnp.clip(x + epsilon, low, high))
     ball = None if isinstance(threat, Linf) else (x, epsilon)
     return _outward(box, 2, box.size)._replace(ball=ball)
 
@@ -1002,16 +1002,11 @@ def _checked(
     check_images("images", x, threat.bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")
-    check_finite("weights", first)
+    check_network(apply, first, x)
     if second is not None:
         check_same_tree("second network", second, first)
-        check_finite("second network", second)
+        check_params(second, "the second network")
     (images,) = floats(images=x)
-    logits = jax.eval_shape(apply, first, images)
-    if logits.ndim != 2 or logits.shape[0] != len(x):
-        raise InputError(
-            "logits", expected=f"shape ({len(x)}, classes)", got=f"shape {logits.shape}"
-        )
     found = _propagated(apply, first, second, images, threat)
     if not all(bool(jnp.isfinite(end).all()) for end in jax.tree.leaves(found)):
         raise InputError(

@@ -29,8 +29,9 @@ import scipy.special
 from jaxtyping import Array, Float
 
 from ntk_awt.config import ModelConfig
-from ntk_awt.errors import InputError, check_count, check_number, choose
+from ntk_awt.errors import InputError, check_count, check_finite, check_number, choose
 from ntk_awt.kernels.compat import stax
+from ntk_awt.precision import widened
 from ntk_awt.types import Images, Key
 
 Layer: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -65,7 +66,8 @@ class Analytic(NamedTuple):
 
     Attributes:
         kernel_fn: `(x1[n1, *shape], x2[n2, *shape] | None) -> Kernels`, compiled, differentiable;
-            x2 = x1 if not given. float32, or float64 under `jax.enable_x64`.
+            x2 = x1 if not given. float32, or float64 under `jax.enable_x64`. Raises `InputError`
+            without an image, and where a value is NaN or too large for the dtype.
         layer: the same network as a layer of neural-tangents, for its other functions; its
             parameters hold (W, b, mask) of each layer, at the widths of the config.
     """
@@ -314,8 +316,31 @@ def _tanh() -> Layer:
         )
 
 
+def _relu() -> Layer:
+    """neural-tangents' ReLU on covariances divided by a power of two, and multiplied by it after.
+
+    ReLU is homogeneous: T(c·Σ) = c·T(Σ), Ṫ(c·Σ) = Ṫ(Σ). The closed form squares variances, which
+    in float32 is infinite from 1.8e19 on. Dividing by powers of two is exact.
+    """
+    init, apply, plain = stax.Relu()
+
+    @stax.requires(**plain.input_req)
+    def kernel_fn(k: Any, **kwargs: Any) -> Any:
+        parts = {name: getattr(k, name) for name in ("nngp", "cov1", "cov2")}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        variances = [jnp.max(part) for name, part in parts.items() if name != "nngp"]
+        largest = jax.lax.stop_gradient(jnp.max(jnp.stack(variances)))
+        usual = jnp.isfinite(largest) & (largest > 0)
+        _, exponent = jnp.frexp(jnp.where(usual, largest, 1))
+        scale = jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+        out = plain(k.replace(**{name: part / scale for name, part in parts.items()}), **kwargs)
+        return out.replace(**{name: scale * getattr(out, name) for name in parts})
+
+    return init, apply, kernel_fn
+
+
 _ACTIVATIONS: dict[str, Callable[[], Layer]] = {
-    "relu": stax.Relu,
+    "relu": _relu,
     "gelu": stax.Gelu,
     "erf": stax.Erf,
     "tanh": _tanh,
@@ -417,7 +442,8 @@ def _layers(config: ModelConfig, num_classes: int, masks: list[tuple[float, str]
     return [*layers, dense(num_classes)]
 
 
-def _check_images(shape: Sequence[int], *batches: Images | None) -> None:
+def _checked(shape: Sequence[int], *batches: Images | None) -> Any:
+    """The images, half precision in float32; raise unless there are some, of that shape."""
     for x in batches:
         if x is not None and tuple(x.shape[1:]) != tuple(shape):
             raise InputError(
@@ -425,6 +451,29 @@ def _check_images(shape: Sequence[int], *batches: Images | None) -> None:
                 expected=f"images [n, {', '.join(map(str, shape))}]",
                 got=f"shape {tuple(x.shape)}",
             )
+        if x is not None:
+            check_count("number of images of an analytic kernel", x.shape[0], low=1)
+    return widened(batches)
+
+
+def _finite(kernels: Any, *batches: Images | None) -> Any:
+    """The kernels; raise if they are not finite and can be read now (not traced)."""
+    leaves = jax.tree.leaves(kernels)
+    try:
+        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    except jax.errors.TracerBoolConversionError:
+        return kernels
+    if not finite:
+        check_finite("images", batches)
+        dtype = leaves[0].dtype
+        larger = ", or compute in float64 (jax.enable_x64)" if dtype == jnp.float32 else ""
+        raise InputError(
+            "analytic kernel",
+            expected=f"values, and squares of variances, that {dtype} can hold",
+            got="NaN or infinite ones",
+            fix="lower weight_std or the number of layers" + larger,
+        )
+    return kernels
 
 
 def network(
@@ -486,9 +535,9 @@ def network(
         return Kernels(*layer()[2](x1, x2, ("ntk", "nngp")))
 
     def kernel_fn(x1: Images, x2: Images | None = None) -> Kernels:
-        _check_images(shape, x1, x2)
+        x1, x2 = _checked(shape, x1, x2)
         with jax.default_matmul_precision("highest"):
-            return compiled(x1, x2)
+            return _finite(compiled(x1, x2), x1, x2)
 
     return Analytic(kernel_fn, layer())
 
@@ -614,8 +663,8 @@ def mixture(
         return Mixture(finish(mean), error)
 
     def kernel_fn(key: Key, x1: Images, x2: Images | None = None) -> Mixture:
-        _check_images(shape, x1, x2)
+        x1, x2 = _checked(shape, x1, x2)
         with jax.default_matmul_precision("highest"):
-            return compiled(key, x1, x2)
+            return _finite(compiled(key, x1, x2), x1, x2)
 
     return kernel_fn

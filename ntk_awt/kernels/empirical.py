@@ -19,7 +19,10 @@ from ntk_awt.errors import InputError, check_same_tree, choose
 from ntk_awt.kernels import engines, forms, planning, program
 from ntk_awt.kernels.engines import Engine
 from ntk_awt.kernels.planning import BUDGET, Plan
-from ntk_awt.masks import effective
+from ntk_awt.kernels.varying import along
+from ntk_awt.masks import effective, unit_gain
+from ntk_awt.network import check_network
+from ntk_awt.precision import common_dtype, widened
 from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params
 
 JACOBIANS = ("masked", "full")
@@ -48,11 +51,15 @@ def empirical(
     real-valued mask, the gain and the images; may be called under jit. A boolean mask whose values
     are known (not traced) is the fast case: pruned weights then cost nothing.
 
+    Weights and images of fewer than 32 bits are cast to float32 first: what a network computes in
+    float16 is rounded to 3 digits, and infinite above 65504. Inside `jax.shard_map` each device
+    computes the kernel of its own images.
+
     Args:
         apply: `(params, x[n, *shape]) -> logits[n, c]`, or what has one as `.apply` (a `Network`);
             image by image (no batch statistics).
         params: θ, a pytree of float arrays.
-        x1: [n1, *shape].
+        x1: [n1, *shape], floats, or integers for a network that looks up rows of its weights.
         x2: [n2, *shape]; x1 if not given, and then only half of the kernel is computed.
         mask: m, booleans or real numbers with the structure and shapes of θ; 1 if not given.
         gain: γ, scalars with the structure of θ; 1 if not given.
@@ -71,8 +78,8 @@ def empirical(
             so a function that is compiled once can take any mask of as many kept weights.
 
     Returns:
-        Θ, the dtype of the parameters: [n1, n2, c, c] for "full", [n1, n2, c] for "diagonal",
-        [n1, n2] else.
+        Θ, the dtype of the parameters, float32 at least: [n1, n2, c, c] for "full", [n1, n2, c] for
+        "diagonal", [n1, n2] else.
 
     Raises:
         InputError: a mask or gain that does not fit the parameters (the leaf is named), a gain
@@ -90,16 +97,19 @@ def empirical(
     """
     function: Any = getattr(apply, "apply", apply)
     choose("jacobian", jacobian, JACOBIANS)
+    if plan is None:
+        check_network(function, params, x1)
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")
+    params, x1, x2, gain, at = widened((params, x1, x2, gain, at))
     weights, factor = params, None
     if mask is not None:
         check_same_tree("mask", mask, params)
-        gain = jax.tree.map(lambda w: jnp.ones((), w.dtype), params) if gain is None else gain
+        gain = unit_gain(params) if gain is None else gain
         check_same_tree("gain", gain, params, scalars=True)
         weights = effective(params, mask, gain)
         if jacobian == "masked":
-            factor = jax.tree.map(lambda w, m, g: (m * g).astype(w.dtype), params, mask, gain)
+            factor = effective(jax.tree.map(jnp.ones_like, params), mask, gain)
     elif gain is not None:
         raise InputError("gain", expected="a mask with it", got="no mask")
     if at is not None:
@@ -164,6 +174,7 @@ def selection(
         [0. 1. 0.]
     """
     check_same_tree("mask", mask, params)
+    params, x = widened((params, x))
     function: Any = getattr(apply, "apply", apply)
     return _selection(plan, function, params, x, mask, padded=padded)
 
@@ -235,6 +246,8 @@ def _compute(
 ) -> jax.Array:
     # Accelerators may round the factors of a product to 10 bits unless told otherwise.
     with jax.default_matmul_precision("highest"):
+        everything = (weights, factor, selection, x1, x2)
+        weights, factor, selection, x1, x2 = along(everything, everything)
         return _kernel(weights, factor, selection, x1, x2, apply, plan)
 
 
@@ -249,7 +262,7 @@ def _kernel(
 ) -> jax.Array:
     # In a function of our own: JAX keeps its argument by a weak reference, which not all allow.
     logits = jax.eval_shape(lambda w, x: apply(w, x), weights, x1)
-    basis = jnp.eye(logits.shape[1], dtype=logits.dtype)
+    basis = along(jnp.eye(logits.shape[1], dtype=logits.dtype), x1)
     outputs = plan.outputs
     if isinstance(outputs, int):
         basis, outputs = basis[outputs : outputs + 1], "trace"
@@ -265,7 +278,7 @@ def _kernel(
         engine = engines.contraction(*common, selection)
     else:
         engine = engines.products(*common)
-    return _tiles(engine, x1, x2, plan).astype(jnp.result_type(*jax.tree.leaves(weights)))
+    return _tiles(engine, x1, x2, plan).astype(common_dtype(*jax.tree.leaves(weights)))
 
 
 def _swap(block: jax.Array) -> jax.Array:
@@ -328,6 +341,7 @@ def _tiles(engine: Engine, x1: Images, x2: Images | None, plan: Plan) -> jax.Arr
 
     one = jax.eval_shape(block, 0, 0)
     empty = jnp.zeros((count1 * size1, count2 * size2, *one.shape[2:]), one.dtype)
+    empty = along(empty, x1)
     return jax.lax.scan(write, empty, jnp.array(pairs))[0][:n1, :n2]
 
 

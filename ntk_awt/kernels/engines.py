@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ntk_awt.kernels import forms, program
+from ntk_awt.kernels import forms, passes, program
 from ntk_awt.kernels.forms import Cuts, Rows, Share, Side
+from ntk_awt.kernels.varying import along
+from ntk_awt.precision import common_dtype, widened
 from ntk_awt.types import ApplyFn, Images, Params
 
 ENGINES = ("layerwise", "contraction", "products")
@@ -99,8 +101,9 @@ def layerwise(
 
     made = [share(site, *chosen) for site, chosen in zip(traced.sites, shares, strict=True)]
     taps = [jnp.zeros(traced.shapes[s.tap].shape, traced.shapes[s.tap].dtype) for s in traced.sites]
+    taps = along(taps, example)
     rest = [leaves[i] for i in traced.others]
-    dtype = jnp.result_type(*leaves)  # some networks compute in a smaller one
+    dtype = common_dtype(*leaves)  # some networks compute in a smaller one
 
     def features(image: jax.Array) -> tuple[list[Any], list[Any], Any]:
         def logits(taps: list[Any], rest: list[Any]) -> tuple[jax.Array, list[Any]]:
@@ -113,15 +116,21 @@ def layerwise(
         _, pull, data = jax.vjp(logits, taps, rest, has_aux=True)
         cotangents, jacobians = jax.vmap(pull)(basis)
         rows = []
-        for site, a in zip(traced.sites, data, strict=True):
-            a = program.weight_scale(site) * program.normal_data(traced, site, a).astype(dtype)
+        for site, part, a in zip(traced.sites, made, data, strict=True):
+            a = program.normal_data(traced, site, a)
+            if count := program.looked_up(traced, site):
+                rows.append(
+                    a if part.form == "lookup" else jax.nn.one_hot(a[:, 0], count, dtype=dtype)
+                )
+                continue
+            a = program.weight_scale(site) * a.astype(dtype)
             if site.bias is not None:
                 a = jnp.concatenate([a, jnp.full_like(a[:, :1], site.bias_scale)], axis=1)
             rows.append(a)
-        units = [
-            jax.vmap(partial(program.normal_output, traced, site))(d).astype(dtype)
-            for site, d in zip(traced.sites, cotangents, strict=True)
-        ]
+        units = []
+        for site, d in zip(traced.sites, cotangents, strict=True):
+            d = jax.vmap(partial(program.normal_output, traced, site))(d).astype(dtype)
+            units.append(program.weight_scale(site) * d if program.looked_up(traced, site) else d)
         return rows, units, [j.reshape(len(basis), -1) for j in jacobians]
 
     def block(x: Images) -> tuple[list[Any], list[Any]]:
@@ -142,7 +151,7 @@ def layerwise(
         if rest:
             factors = _leaves(factor, len(leaves))
             scaled = [
-                j if factors[i] is None else j * factors[i].reshape(-1)
+                j if factors[i] is None else j * factors[i].reshape(1, 1, -1)
                 for i, j in zip(traced.others, jacobians, strict=True)
             ]
             sides.append(Side((jnp.concatenate(scaled, axis=2),), (0,)))
@@ -205,15 +214,16 @@ def products(
 
     def block(left: Images, right: Images) -> jax.Array:
         def column(image: jax.Array) -> jax.Array:
-            _, pull = jax.vjp(lambda w: apply(w, image[None])[0], weights)
+            pull = passes.pull(lambda w: apply(w, image[None])[0], weights)
 
             def push(cotangent: jax.Array) -> jax.Array:
-                (direction,) = pull(cotangent)
+                direction = pull(cotangent)
                 if factor is not None:
                     direction = jax.tree.map(lambda v, f: v * f * f, direction, factor)
-                return jax.jvp(lambda w: apply(w, left), (weights,), (direction,))[1] @ basis.T
+                found = passes.push(lambda w: apply(w, left), weights, direction)
+                return found @ widened(basis).T
 
-            found = jax.vmap(push)(basis)  # [r, n, q]
+            found = jax.vmap(push)(widened(basis))  # [r, n, q]
             if settings.outputs == "full":
                 return found.transpose(1, 2, 0)
             diagonal = jnp.einsum("qnq->nq", found)

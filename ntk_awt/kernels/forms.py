@@ -1,4 +1,4 @@
-"""The share of one weight in a tangent kernel, in five forms of equal value and different cost.
+"""The share of one weight in a tangent kernel, in six forms of equal value and different cost.
 
 For a product y = a·W with inputs a[n, t, i] (t: positions; one for a dense layer, the output pixels
 of a convolution) and cotangents δ[n, q, t, j] of the outputs q at y, the Jacobian is
@@ -15,6 +15,8 @@ A bias is one more input that is always 1. The forms:
 - `soft` (any mask, one position): the same with all inputs, for real-valued or traced masks.
 - `jacobian` (any mask): J explicitly, in chunks of units.
 - `kept` (boolean mask): J explicitly at the kept entries only, from the same rows as `packed`.
+- `lookup` (any mask, rows of W looked up: y_t = W[k_t], a_t is the unit vector of k_t):
+  Σ_ts 1[k_nt = k_ms] Σ_j M[k_nt, j] δ_nqtj δ_mrsj; rows that no image has cost nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FORMS = ("gram", "packed", "soft", "jacobian", "kept")
+from ntk_awt.kernels.varying import along
+
+FORMS = ("gram", "packed", "soft", "jacobian", "kept", "lookup")
 EXPLICIT = ("jacobian", "kept")
 """Forms that need of an image its Jacobian; its inputs and cotangents may be forgotten."""
 
@@ -134,10 +138,10 @@ def prepare(share: Share, a: jax.Array, d: jax.Array) -> Side:
 
     Args:
         share: the weight's form.
-        a: inputs [n, t, i].
+        a: inputs [n, t, i], or the numbers of rows [n, t, 1] for `lookup`.
         d: cotangents [n, q, t, j].
     """
-    if share.form == "gram":
+    if share.form in ("gram", "lookup"):
         return Side((a, d), (0, 0))
     if share.form == "packed":
         rows = share.rows
@@ -203,6 +207,25 @@ def _gram_rows(left: Side, right: Side, outputs: str) -> Row:
     return left.arrays, row
 
 
+def _lookup_rows(share: Share, left: Side, right: Side, outputs: str) -> Row:
+    (a1, d1), (a2, d2) = left.arrays, right.arrays
+    if share.metric is not None:  # −1, no such row, is the last one here, and equal to none below
+        d1 = d1 * share.metric[a1[..., 0]][:, None]
+
+    @jax.checkpoint
+    def row(image: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ids, d = image
+        equal = (ids[:, None] == a2[None, :, :, 0]) & (ids >= 0)[:, None]  # [t, m, s]
+        summed = jnp.einsum("tms,mrsj->mrtj", equal.astype(d.dtype), d2)
+        if outputs == "full":
+            return jnp.einsum("qtj,mrtj->mqr", d, summed)
+        if outputs == "diagonal":
+            return jnp.einsum("qtj,mqtj->mq", d, summed)
+        return jnp.einsum("qtj,mqtj->m", d, summed) / d.shape[0]
+
+    return (a1, d1), row
+
+
 @jax.checkpoint  # else the scaled cotangents of all rows would be kept
 def _weighted_product(g: jax.Array, d: jax.Array, d2: jax.Array) -> jax.Array:
     """Σ_j g[j, m] d[q, j] d2[j, m, r] as [m, q, r], by one product with the short side first."""
@@ -233,7 +256,7 @@ def _soft_rows(share: Share, left: Side, right: Side, outputs: str) -> Row:
 
     def row(image: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, d = image
-        grams = jnp.einsum("mi,ij->jm", a * a2, share.metric)
+        grams = jnp.einsum("mi,ij->jm", a[None] * a2, share.metric)
         return _weighted_row(grams, d, of_units, outputs)
 
     return left.arrays, row
@@ -253,7 +276,7 @@ def _chunked(share: Share, left: Side, right: Side, cuts: Cuts, outputs: str) ->
         e1, e2, m = parts
         j2 = jnp.einsum("nqtj,nti->nqji", e2, a2)
         j1 = j2 if right is left else jnp.einsum("nqtj,nti->nqji", e1, a1)
-        j1 = j1 if m is None else j1 * m.T
+        j1 = j1 if m is None else j1 * m.T[None, None]
         j1, j2 = (j.reshape(*j.shape[:2], -1) for j in (j1, j2))
         return [pair_jacobians(j1[start:stop], j2[first:], outputs) for start, stop, first in cuts]
 
@@ -262,7 +285,7 @@ def _chunked(share: Share, left: Side, right: Side, cuts: Cuts, outputs: str) ->
 
     parts = (split(d1), split(d2), None if metric is None else split(metric))
     shapes = jax.eval_shape(part, jax.tree.map(lambda p: p[0], parts))
-    zeros = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    zeros = along([jnp.zeros(shape.shape, shape.dtype) for shape in shapes], d1)
     return jax.lax.scan(add, zeros, parts)[0]
 
 
@@ -270,9 +293,9 @@ def _kept(share: Share, left: Side, right: Side, outputs: str) -> jax.Array:
     """The forms `jacobian` and `kept`, with all units at once."""
     (j1,), (j2,) = left.arrays, right.arrays
     if share.form == "kept":
-        j1 = j1 * _row_weights(share).reshape(-1)
+        j1 = j1 * _row_weights(share).reshape(1, 1, -1)
     elif share.metric is not None:
-        j1 = j1 * share.metric.T.reshape(-1)
+        j1 = j1 * share.metric.T.reshape(1, 1, -1)
     return pair_jacobians(j1, j2, outputs)
 
 
@@ -284,6 +307,8 @@ def _block(
     for share, left, right in zip(shares, lefts, rights, strict=True):
         if share.form == "packed":
             by_rows.append(_packed_rows(share, left, right, outputs))
+        elif share.form == "lookup":
+            by_rows.append(_lookup_rows(share, left, right, outputs))
         elif share.form == "soft":
             by_rows.append(_soft_rows(share, left, right, outputs))
         elif share.form != "gram":

@@ -5,8 +5,16 @@ the mean over outputs (the trace kernel divided by c) or the kernel of one outpu
 the diagonal blocks Θ^{aa} alone. Their unit is squared logits per squared parameter; what is
 divided by a norm has none.
 
+**One normalisation.** Distances are those of full kernels, so the numbers of all three forms can be
+set beside each other. Diagonal blocks stand for the kernel with nothing between different outputs,
+and the mean k over c outputs stands for k ⊗ I_c, whose norm is √c·‖k‖_F. For kernels Θ = k ⊗ I_c
+(infinite width) the three forms give one number. In general they are the norms of orthogonal
+projections of one difference, so that mean ≤ diagonal ≤ full: what differs between outputs, as at
+finite width, is averaged away in the mean. Compare relative and cosine distances within one form.
+
 Two kernels are compared on one fixed probe set, so their shapes must agree; nothing is broadcast.
-Every function is traceable, keeps the dtype of its input and is differentiable where it is smooth.
+Every function is traceable and differentiable where it is smooth. It keeps the dtype of its input,
+but sums half precision in float32 and returns that.
 """
 
 import jax
@@ -14,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_count
+from ntk_awt.precision import widened
 
 # Accelerators may round the factors of a product to 10 bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -24,7 +33,9 @@ _FORMS = {2: "[n1, n2]", 3: "[n1, n2, c]", 4: "[n1, n2, c, c]"}
 # ---------------------------------------------------------------- checks
 
 
-def _check_same_shape(what: str, first: Array, second: Array) -> None:
+def _pair(what: str, first: Array, second: Array) -> tuple[Array, Array]:
+    """Both, to be summed; raise unless they have one shape and at least one image."""
+    first, second = widened((jnp.asarray(first), jnp.asarray(second)))
     if first.shape != second.shape:
         raise InputError(
             what,
@@ -32,10 +43,18 @@ def _check_same_shape(what: str, first: Array, second: Array) -> None:
             got=f"shapes {first.shape} and {second.shape}",
             fix="compute both on the same fixed probe set",
         )
+    if 0 in first.shape:
+        raise InputError(what, expected="at least one image", got=f"shape {first.shape}")
+    return first, second
 
 
-def _check_axes(kernel: Array, *ranks: int, square: bool = False) -> None:
-    """Raise unless the kernel has one of these numbers of axes, and n1 = n2 if `square`."""
+def _checked(kernel: Array, *ranks: int, square: bool = False) -> Array:
+    """The kernel, to be summed; raise unless it has one of these numbers of axes, and images.
+
+    Args:
+        square: whether n1 = n2 as well.
+    """
+    kernel = widened(jnp.asarray(kernel))
     shape = kernel.shape
     fits = len(shape) in ranks and (len(shape) != 4 or shape[2] == shape[3])
     if not (fits and (not square or shape[0] == shape[1])):
@@ -45,6 +64,9 @@ def _check_axes(kernel: Array, *ranks: int, square: bool = False) -> None:
             expected=f"axes {forms}" + (" with n1 = n2" if square else ""),
             got=f"shape {shape}",
         )
+    if 0 in shape:
+        raise InputError("kernel", expected="at least one image", got=f"shape {shape}")
+    return kernel
 
 
 def _targets_like(kernel: Array, targets: Array) -> Array:
@@ -75,28 +97,54 @@ def _unit(x: Array) -> Array:
 
 
 def kernel_distance(
-    dense: Float[Array, "n1 n2 *c"], sparse: Float[Array, "n1 n2 *c"]
+    dense: Float[Array, "n1 n2 *c"],
+    sparse: Float[Array, "n1 n2 *c"],
+    *,
+    classes: int | None = None,
 ) -> Float[Array, ""]:
     """α = ‖Θ^d − Θ^s‖_F / √(n1·n2); for a square kernel that is 1/N times the norm (theory §0).
 
+    Θ is the kernel of all outputs, in whatever form it is given (see the module).
+
     Args:
         dense, sparse: kernels of the two networks on the same inputs, any output axes.
+        classes: of [n1, n2] kernels, which do not tell: the c of how many outputs they are the mean
+            (`outputs="trace"`), and then stand for k ⊗ I_c; 1 for the kernel of one output.
 
     Returns:
         A scalar, in the unit of the kernels (squared logits per squared parameter).
 
     Raises:
-        InputError: kernels of different shapes.
+        InputError: kernels of different shapes, [n1, n2] kernels without `classes`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> k, unit = jnp.ones((2, 2)), jnp.eye(4)
+        >>> full = jnp.einsum("ij,ab->ijab", k, unit)
+        >>> float(kernel_distance(full, 0 * full)), float(kernel_distance(k, 0 * k, classes=4))
+        (2.0, 2.0)
     """
-    _check_same_shape("kernels", dense, sparse)
+    dense, sparse = _pair("kernels", dense, sparse)
     n1, n2 = dense.shape[:2]
-    return _root(_squares(dense - sparse)) / jnp.sqrt(1.0 * n1 * n2)
+    if dense.ndim > 2:
+        classes = 1
+    if classes is None:
+        raise InputError(
+            "classes",
+            expected="how many outputs an [n1, n2] kernel is the mean of",
+            got="none",
+            fix="give classes=c with outputs='trace', classes=1 for the kernel of one output",
+        )
+    check_count("classes", classes, low=1)
+    return _root(_squares(dense - sparse)) * (classes / (n1 * n2)) ** 0.5
 
 
 def relative_kernel_distance(
     dense: Float[Array, "n1 n2 *c"], sparse: Float[Array, "n1 n2 *c"]
 ) -> Float[Array, ""]:
     """‖Θ^d − Θ^s‖_F² / ‖Θ^d‖_F², without unit: 0 for equal kernels, 1 for a zero one (theory §0).
+
+    Compare values of one form only, full, diagonal or mean (see the module).
 
     Raises:
         InputError: kernels of different shapes.
@@ -106,7 +154,7 @@ def relative_kernel_distance(
         >>> float(relative_kernel_distance(jnp.full((2, 2), 2.0), jnp.ones((2, 2))))
         0.25
     """
-    _check_same_shape("kernels", dense, sparse)
+    dense, sparse = _pair("kernels", dense, sparse)
     return _squares(dense - sparse) / _squares(dense)
 
 
@@ -118,7 +166,7 @@ def target_distance(dense: Float[Array, "n c"], sparse: Float[Array, "n c"]) -> 
     Raises:
         InputError: outputs of different shapes.
     """
-    _check_same_shape("outputs", dense, sparse)
+    dense, sparse = _pair("outputs", dense, sparse)
     return _root(_squares(dense - sparse) / dense.shape[0])
 
 
@@ -130,7 +178,7 @@ def relative_target_distance(
     Raises:
         InputError: outputs of different shapes.
     """
-    _check_same_shape("outputs", dense, sparse)
+    dense, sparse = _pair("outputs", dense, sparse)
     return _squares(dense - sparse) / _squares(dense)
 
 
@@ -162,7 +210,7 @@ def cosine_kernel_distance(
         >>> round(float(cosine_kernel_distance(jnp.eye(2), jnp.ones((2, 2)))), 4)  # 1 − cos 45°
         0.2929
     """
-    _check_same_shape("kernels", first, second)
+    first, second = _pair("kernels", first, second)
     return _squares(_unit(first) - _unit(second)) / 2
 
 
@@ -192,7 +240,7 @@ def kernel_velocity(
         >>> [round(v, 4) for v in kernel_velocity(kernels, jnp.array([0, 10, 20])).tolist()]
         [0.0, 0.0293]
     """
-    kernels, times = jnp.asarray(kernels), jnp.asarray(times)
+    kernels, times = widened(jnp.asarray(kernels)), jnp.asarray(times)
     if len(kernels) < 2:
         raise InputError("kernels", expected="two or more records", got=f"{len(kernels)}")
     if times.shape != kernels.shape[:1]:
@@ -228,11 +276,11 @@ def polar(
         >>> radius.tolist(), [round(a, 4) for a in jnp.cos(angle).tolist()]
         ([1.0, 1.0], [1.0, 0.6])
     """
-    kernels, reference = jnp.asarray(kernels), jnp.asarray(reference)
+    kernels, reference = widened((jnp.asarray(kernels), jnp.asarray(reference)))
     v = _unit(reference)
 
     def view(kernel: Array) -> tuple[Array, Array]:
-        _check_same_shape("kernel and reference", kernel, reference)
+        _pair("kernel and reference", kernel, reference)
         u = _unit(kernel)
         angle = 2 * jnp.arctan2(jnp.sqrt(_squares(u - v)), jnp.sqrt(_squares(u + v)))
         return jnp.sqrt(_squares(kernel) / _squares(reference)), angle
@@ -260,6 +308,7 @@ def centre(kernel: Float[Array, "n1 n2 *c"]) -> Float[Array, "n1 n2 *c"]:
         >>> centre(jnp.array([[3.0, 1.0], [1.0, 1.0]])).tolist()
         [[0.5, -0.5], [-0.5, 0.5]]
     """
+    kernel = widened(jnp.asarray(kernel))
     rows = kernel - jnp.mean(kernel, axis=0, keepdims=True)
     return rows - jnp.mean(rows, axis=1, keepdims=True)
 
@@ -290,7 +339,7 @@ def centred_alignment(
         >>> float(centred_alignment(jnp.outer(y, y), 5 + 2 * jnp.outer(y, y)))
         1.0
     """
-    _check_same_shape("kernels", first, second)
+    first, second = _pair("kernels", first, second)
     return jnp.sum(_unit(centre(first)) * _unit(centre(second)))
 
 
@@ -324,8 +373,7 @@ def label_alignment(
         >>> round(float(label_alignment(jnp.ones((2, 2)), targets)), 4)
         0.7071
     """
-    kernel = jnp.asarray(kernel)
-    _check_axes(kernel, 2, 4, square=True)
+    kernel = _checked(kernel, 2, 4, square=True)
     targets = _targets_like(kernel, targets)
     if kernel.ndim == 4:
         sides = "ia,ijab,jb->"
@@ -370,16 +418,15 @@ def specialisation(
         >>> [round(share, 4) for share in specialisation(blocks, targets)[0].tolist()]
         [0.6667, 0.1667, 0.1667]
     """
-    kernel = jnp.asarray(kernel)
-    _check_axes(kernel, 3, 4, square=True)
+    kernel = _checked(kernel, 3, 4, square=True)
     targets = _targets_like(kernel, targets)
     blocks = kernel if kernel.ndim == 3 else jnp.diagonal(kernel, axis1=2, axis2=3)
     centred = centre(blocks)
     products = jnp.einsum("id,ija,jd->da", targets, centred, targets, precision=_PRECISION)
     # Centring leaves the rounding of a constant, not 0; ‖ȳ_d‖² is common to row d and cancels.
-    defined = jnp.ptp(targets, axis=0)[:, None] * jnp.ptp(blocks, axis=(0, 1)) > 0
+    defined = jnp.ptp(targets, axis=0)[:, None] * jnp.ptp(blocks, axis=(0, 1))[None] > 0
     norms = jnp.sqrt(jnp.sum(jnp.square(centred), axis=(0, 1)))
-    shares = jnp.where(defined, products / norms, jnp.nan)
+    shares = jnp.where(defined, products / norms[None], jnp.nan)
     return shares / jnp.sum(shares, axis=1, keepdims=True)
 
 
@@ -403,7 +450,7 @@ def flatten(kernel: Float[Array, "n1 n2 *c"]) -> Float[Array, "m1 m2"]:
         >>> flatten(jnp.arange(8).reshape(1, 2, 2, 2)).tolist()
         [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
-    _check_axes(kernel, 2, 4)
+    kernel = _checked(kernel, 2, 4)
     if kernel.ndim == 2:
         return kernel
     n1, n2, c, _ = kernel.shape
@@ -441,7 +488,7 @@ def spectrum(kernel: Float[Array, "n1 n2 *c"], *, mixed: bool = False) -> Float[
 
 def _shares(values: Float[Array, "m"]) -> Float[Array, "m"]:
     """|λ_i| / Σ|λ|, the shares of the trace; sizes, since rounding may turn a zero negative."""
-    sizes = jnp.abs(values)
+    sizes = widened(jnp.abs(values))
     return sizes / jnp.sum(sizes)
 
 
@@ -525,7 +572,7 @@ def condition_number(values: Float[Array, "m"]) -> Float[Array, ""]:
         >>> float(condition_number(jnp.array([8.0, 1e-9])))
         inf
     """
-    sizes = jnp.abs(values)
+    sizes = widened(jnp.abs(values))
     largest, smallest = jnp.max(sizes), jnp.min(sizes)
     regular = smallest > sizes.size * jnp.finfo(sizes.dtype).eps * largest
     return jnp.where(regular, largest / jnp.where(regular, smallest, 1), jnp.inf)
@@ -565,7 +612,7 @@ def eigenvectors(
         >>> values.tolist(), abs(vectors).tolist()
         ([5.0, 3.0], [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     """
-    _check_axes(kernel, 2, 3, 4, square=True)
+    kernel = _checked(kernel, 2, 3, 4, square=True)
     _check_k(k, kernel.shape[0])
     if kernel.ndim == 4:
         kernel = jnp.diagonal(kernel, axis1=2, axis2=3)
@@ -602,4 +649,4 @@ def eigenpictures(
             expected=f"shape [k, {images.shape[0]}], one entry an image",
             got=f"shape {vectors.shape}",
         )
-    return jnp.tensordot(vectors, images, axes=1, precision=_PRECISION)
+    return jnp.tensordot(*widened((vectors, images)), axes=1, precision=_PRECISION)

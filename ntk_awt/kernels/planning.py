@@ -27,6 +27,8 @@ from ntk_awt.errors import (
 from ntk_awt.kernels import program
 from ntk_awt.kernels.engines import ENGINES
 from ntk_awt.kernels.forms import EXPLICIT, FORMS, Cuts, row_counts
+from ntk_awt.network import check_network
+from ntk_awt.precision import common_dtype, widened
 from ntk_awt.types import ApplyFn, Images, Mask, Network, Params
 
 OUTPUTS = ("full", "diagonal", "trace")
@@ -50,7 +52,8 @@ class Layer:
 
     Attributes:
         name: of the weight's leaf, with `+bias` where its bias is part of it.
-        positions, inputs, units: T, I, O of `forms.py`; the bias counts as an input.
+        positions, inputs, units: T, I, O of `forms.py`; the bias counts as an input, and so does
+            each row where some are looked up.
         kept: entries that the mask keeps, bias included; None where the mask is not known.
         form: chosen.
         width: of the rows in the forms `packed` and `kept`, else 0.
@@ -204,19 +207,28 @@ def _best_width(mask: np.ndarray, per_pair: int) -> int:
 
 
 def _layer_costs(
-    s: _Sizes, t: int, i: int, o: int, mask: np.ndarray | None, masked: bool, width: int
+    s: _Sizes,
+    t: int,
+    i: int,
+    o: int,
+    mask: np.ndarray | None,
+    masked: bool,
+    width: int,
+    table: bool,
 ) -> dict[str, float]:
     """Weighted multiply-adds of each form that applies to a layer."""
     columns = {"jacobian": i * o}
     costs = {}
-    if mask is not None:
+    if mask is not None and not table:
         rows = int(row_counts(mask, width).sum())
         columns["kept"] = rows * width
         if t == 1:
             costs["packed"] = s.pairs * rows * (
                 _SMALL_PRODUCT * width + _ROW_PRODUCT * s.per_pair
             ) + s.images * rows * (_GATHER * width / 4 + s.q)
-    if masked:
+    if table:
+        costs["lookup"] = _ROW_PRODUCT * s.pairs * t * o * (t * s.q + s.per_pair)
+    elif masked:
         if t == 1:
             costs["soft"] = s.pairs * (_SOFT_PRODUCT * i * o + _ROW_PRODUCT * s.per_pair * o)
     else:
@@ -278,19 +290,20 @@ def make(
     check_number("memory", memory, low=1)
     if batch is not None:
         check_count("batch", batch, low=1)
+    params, x1, x2 = widened((params, x1, x2))
     symmetric = x2 is None
     n1, n2 = x1.shape[0], x1.shape[0] if x2 is None else x2.shape[0]
     check_count("number of images x1", n1, low=1)
     check_count("number of images x2", n2, low=1)
     if mask is not None:
         check_same_tree("mask", mask, params)
+    classes = check_network(apply, params, x1)
     traced = program.trace(apply, params, x1)
-    classes = traced.shapes[traced.output].shape[1]
     check_outputs(outputs, classes)
     outputs = outputs if isinstance(outputs, str) else int(outputs)
     q = 1 if isinstance(outputs, int) else classes
     shape = (n1, n2, *{"full": (q, q), "diagonal": (q,)}.get(str(outputs), ()))
-    itemsize = jnp.result_type(*jax.tree.leaves(params)).itemsize
+    itemsize = common_dtype(*jax.tree.leaves(params)).itemsize
     s = _Sizes(n1, n2, q, outputs, symmetric)
 
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -308,7 +321,7 @@ def make(
     others = sum(math.prod(leaves[i]) for i in traced.others)
     total = sum(map(math.prod, leaves))
     kept = total if masks is None else sum(int(m.sum()) for m in masks)
-    passes = sum(layer.positions * layer.inputs * layer.units for layer in sites) + others
+    passes = sum(map(_pass, sites)) + others
     backward = s.images * (1 + s.q) * _NETWORK * passes
     n_products = n1 * n2 if symmetric else s.pairs
     costs = {
@@ -404,8 +417,9 @@ def _layer(
 ) -> Layer:
     t, i, o = sizes(traced, site)
     mask = None if masks is None else matrix(traced, site, masks)
-    width = 0 if mask is None else _best_width(mask, s.per_pair)
-    costs = _layer_costs(s, t, i, o, mask, masked, width)
+    table = program.looked_up(traced, site) > 0
+    width = 0 if mask is None or table else _best_width(mask, s.per_pair)
+    costs = _layer_costs(s, t, i, o, mask, masked, width, table)
     name = names[site.leaf]
     form = forced.get(name) or min(costs, key=costs.__getitem__)
     choose(f"form of {name}", form, FORMS)
@@ -427,9 +441,17 @@ def _layer(
     )
 
 
+def _pass(layer: Layer) -> int:
+    """Multiply-adds of one image's pass through a layer."""
+    inputs = 1 if "lookup" in dict(layer.costs) else layer.inputs
+    return layer.positions * inputs * layer.units
+
+
 def _side_size(layer: Layer, q: int) -> int:
     """Numbers that a form keeps of one image."""
     t, i, o = layer.positions, layer.inputs, layer.units
+    if layer.form == "lookup":
+        return t * (1 + q * o)
     if layer.form == "kept" and layer.kept is not None:
         return q * layer.kept + t * i
     if layer.form == "jacobian" and layer.chunks == 1:

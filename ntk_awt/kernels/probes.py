@@ -43,7 +43,11 @@ import scipy.special
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_count, check_number, check_same_tree
+from ntk_awt.kernels import passes
+from ntk_awt.kernels.varying import along
 from ntk_awt.masks import masked, unit_gain
+from ntk_awt.network import check_network
+from ntk_awt.precision import wide, widened
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Mask, Network, Params
 
 # Accelerators may round the factors of a product to 10 bits unless told otherwise.
@@ -123,6 +127,8 @@ def kernel_product(
 ) -> Product:
     """The empirical tangent kernel Θ(x1, x2) as a linear map v ↦ J(x1)·(J(x2)ᵀv).
 
+    Weights and images of fewer than 32 bits are cast to float32 first, as by `kernels.empirical`.
+
     J is the Jacobian with respect to θ; for a masked network f(x; γ⊙m⊙θ) it has the factor γ⊙m
     (theory §0). Differentiable in the parameters, in a real-valued mask, the gain and the images;
     make it inside the function that is compiled or differentiated.
@@ -158,12 +164,17 @@ def kernel_product(
         [[5.0, 3.0], [3.0, 9.0]]
     """
     network: Any = getattr(apply, "apply", apply)
+    check_network(network, params, x1)
+    params, x1, x2, gain = widened((params, x1, x2, gain))
     other = x1 if x2 is None else x2
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")
     if batch is not None:
         check_count("batch", batch, low=1)
     check_count("vectors", vectors, low=1)
+    check_count("number of images x1", x1.shape[0], low=1)
+    check_count("number of images x2", other.shape[0], low=1)
+    params = along(params, (x1, other))
     if mask is not None:
         check_same_tree("mask", mask, params)
         gain = unit_gain(params) if gain is None else gain
@@ -184,23 +195,25 @@ def kernel_product(
         transposed=forward if x2 is None else transposed,
         rows=(x1.shape[0], logits.shape[1]),
         columns=(other.shape[0], logits.shape[1]),
-        dtype=logits.dtype,
+        dtype=wide(logits.dtype),
         vectors=vectors,
     )
 
 
 def _pull(network: ApplyFn, params: Params, x: Images, v: jax.Array, batch: int | None) -> Params:
     """J(x)ᵀv, summed over blocks of images."""
+    v = along(v, (params, x))
 
     @jax.checkpoint  # else a gradient would keep what every block needs backwards
     def block(images: Images, cotangents: jax.Array) -> Params:
-        return jax.vjp(lambda w: network(w, images), params)[1](cotangents)[0]
+        return passes.pull(lambda w: network(w, images), params)(cotangents)
 
     def add(total: Params, part: tuple[Images, jax.Array]) -> tuple[Params, None]:
         return jax.tree.map(jnp.add, total, block(*part)), None
 
     blocks = (_blocks(x, x[-1:], batch), _blocks(v, jnp.zeros_like(v[-1:]), batch))
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)[0]
+    zeros = along(jax.tree.map(jnp.zeros_like, params), blocks)
+    return jax.lax.scan(add, zeros, blocks)[0]
 
 
 def _push(
@@ -210,7 +223,7 @@ def _push(
 
     @jax.checkpoint
     def block(images: Images) -> jax.Array:
-        return jax.jvp(lambda w: network(w, images), (params,), (tangent,))[1]
+        return passes.push(lambda w: network(w, images), params, tangent)
 
     found = jax.lax.map(block, _blocks(x, x[-1:], batch))
     return found.reshape(-1, found.shape[-1])[: x.shape[0]]
@@ -399,7 +412,7 @@ def _of_gram(function: Callable[[jax.Array], jax.Array], gram: _Gram) -> Estimat
     mean = gram.exact + jnp.mean(jnp.diagonal(gram.pairs, axis1=2, axis2=3), axis=-1)
     fixed = jax.lax.stop_gradient(mean)
     slope = jax.grad(function)(fixed)
-    products = jnp.sqrt(jnp.diagonal(fixed))[:, None] * gram.sizes
+    products = jnp.sqrt(jnp.diagonal(fixed))[:, None] * gram.sizes[None]
     rounding = _ROUNDING * jnp.finfo(mean.dtype).eps * (products + products.T)
     return _estimate(
         function(mean),
@@ -744,7 +757,9 @@ def top_eigenvalues(product: Product, k: int, key: Key, *, iterations: int = 4) 
 
     draw_key, start_key, last_key, *step_keys = jax.random.split(key, 3 + iterations)
     start = jax.random.normal(draw_key, (width, size), product.dtype)
-    basis = jnp.zeros((iterations * width, size), product.dtype)
+    # As the products will, inside `jax.shard_map`; the values of this one are not used.
+    start = along(start, image(start[:1]))
+    basis = along(jnp.zeros((iterations * width, size), product.dtype), start)
     basis = _extend(basis, 0, start, start_key)
     inputs = (width * jnp.arange(iterations), jnp.stack(step_keys))
     basis, found = jax.lax.scan(step, basis, inputs)

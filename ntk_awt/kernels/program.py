@@ -17,13 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_awt.kernels.varying import along
 from ntk_awt.types import ApplyFn, Params
 
 
 class Constant(NamedTuple):
-    """A literal operand of a step."""
+    """A literal operand of a step.
+
+    Attributes:
+        value: a number or an array.
+        varies: whether it has to vary as the other operands do, inside `jax.shard_map`.
+    """
 
     value: Any
+    varies: bool = False
 
 
 class Step(NamedTuple):
@@ -35,7 +42,9 @@ class Step(NamedTuple):
 
 
 class View(NamedTuple):
-    """A value that is a leaf times a number, reshaped, transposed or broadcast.
+    """A value that is a leaf times a number, reshaped, transposed, broadcast or rounded.
+
+    Casts between floating types are left out of the steps: rounding has the derivative 1.
 
     Attributes:
         leaf: position of the leaf.
@@ -51,7 +60,7 @@ class Site:
     """The step y = a·W of one weight, W possibly reshaped, with the bias added to it.
 
     Attributes:
-        step: number of the step, `dot_general` or `conv_general_dilated`.
+        step: number of the step, `dot_general`, `conv_general_dilated` or `gather` (of rows).
         operand: which operand of the step is the weight, 0 or 1.
         leaf: position of the weight's leaf.
         view: how the operand is made of the leaf.
@@ -103,6 +112,10 @@ class Program:
 _CALLS = ("jit", "closed_call", "remat2")  # remat2: jax.checkpoint
 
 
+_VARY = ("pvary", "pcast")
+"""What JAX calls the steps that let an operand vary along mesh axes."""
+
+
 def _body(eqn: Any) -> Any:
     """The jaxpr of a call whose steps are written out in place, or None.
 
@@ -149,7 +162,10 @@ class _Flattener:
         for eqn in jaxpr.eqns:
             operands = tuple(map(read, eqn.invars))
             body = _body(eqn)
-            if body is not None:
+            if eqn.primitive.name in _VARY and isinstance(operands[0], Constant):
+                value = np.asarray(operands[0].value, eqn.invars[0].aval.dtype)
+                outputs = [Constant(value, True)]
+            elif body is not None:
                 inner = getattr(body, "jaxpr", body)  # closed, or open without constants
                 outputs = self.run(inner, getattr(body, "consts", ()), operands)
             else:
@@ -168,21 +184,45 @@ def _number(value: Any) -> bool:
     return isinstance(value, Constant) and np.size(value.value) == 1
 
 
+def _is_cast(step: Step) -> bool:
+    """Whether the step goes from one floating type to another."""
+    (before,), (after,) = step.eqn.invars, step.eqn.outvars
+    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (before, after))
+
+
 def _is_view_step(step: Step, views: dict[int, View]) -> bool:
     """Whether the step only rescales, reshapes or broadcasts a view of one leaf."""
     name, inputs = step.eqn.primitive.name, step.inputs
     seen = [i for i in inputs if isinstance(i, int) and i in views]
     if len(seen) != 1:
         return False
-    if name in _STRUCTURAL:
+    if name in (*_STRUCTURAL, *_VARY):
         return len(inputs) == 1
+    if name == "convert_element_type":
+        return _is_cast(step)
     if name == "mul":
         return any(map(_number, inputs))
     return name == "div" and _number(inputs[1])
 
 
-def evaluate(step: Step, values: Sequence[Any]) -> list[Any]:
-    """The outputs of one step."""
+def evaluate(step: Step, values: Sequence[Any], dtype: Any = None) -> list[Any]:
+    """The outputs of one step.
+
+    Args:
+        step: what to evaluate.
+        values: of its operands; where one is a literal, that takes their place.
+        dtype: of the literals, where it is not that of the program.
+    """
+    others = [v for v, i in zip(values, step.inputs, strict=True) if not isinstance(i, Constant)]
+
+    def literal(constant: Constant) -> Any:
+        value = constant.value if dtype is None else np.asarray(constant.value, dtype)
+        return along(value, others) if constant.varies else value
+
+    values = [
+        literal(i) if isinstance(i, Constant) else v
+        for v, i in zip(values, step.inputs, strict=True)
+    ]
     primitive = step.eqn.primitive
     found = primitive.bind(*values, **primitive.get_bind_params(step.eqn.params))
     return list(found) if primitive.multiple_results else [found]
@@ -192,8 +232,7 @@ def apply_view(view: View, leaf: Any) -> Any:
     """The value that a view makes of its leaf: linear, one leaf entry for each entry."""
     value = leaf
     for step in view.steps:
-        inputs = [i.value if isinstance(i, Constant) else value for i in step.inputs]
-        (value,) = evaluate(step, inputs)
+        (value,) = evaluate(step, [value] * len(step.inputs), dtype=value.dtype)
     return value
 
 
@@ -203,10 +242,22 @@ def _plain_product(step: Step, operand: int) -> bool:
     if step.eqn.primitive.name == "dot_general":
         _, batch = params["dimension_numbers"]
         return batch == ((), ()) or not any(map(len, batch))
+    if step.eqn.primitive.name == "gather":
+        return operand == 0 and _looks_up_rows(step)
     if step.eqn.primitive.name == "conv_general_dilated":
         groups = params["feature_group_count"] * params["batch_group_count"]
         return operand == 1 and groups == 1
     return False
+
+
+def _looks_up_rows(step: Step) -> bool:
+    """Whether a gather takes whole rows of its operand, W[ids]."""
+    shape, numbers = step.eqn.invars[0].aval.shape, step.eqn.params["dimension_numbers"]
+    return (
+        step.eqn.params["slice_sizes"] == (1, *shape[1:])
+        and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+    )
 
 
 class _Analysis:
@@ -227,7 +278,9 @@ class _Analysis:
             if _is_view_step(step, self.views):
                 (source,) = (v for v in values if v in self.views)
                 leaf, steps = self.views[source]
-                self.views[step.outputs[0]] = View(leaf, (*steps, step))
+                # Weights vary already, and rounded numbers have no place in a Jacobian.
+                left_out = step.eqn.primitive.name in (*_VARY, "convert_element_type")
+                self.views[step.outputs[0]] = View(leaf, steps if left_out else (*steps, step))
             else:
                 self.ends.update(self.views[v].leaf for v in values if v in self.views)
         if output in self.views:
@@ -261,12 +314,16 @@ class _Analysis:
         """Follow the product through scalings to the addition of its bias."""
         step = self.flat.steps[number]
         tap, scale = step.outputs[0], 1.0
+        if step.eqn.primitive.name == "gather":
+            return Site(number, operand, view.leaf, view, tap, scale, None, 0.0)
         features = _feature_axes(step, operand, len(self.flat.shapes[tap].shape))
         while len(users := self.users.get(tap, [])) == 1 and users[0] >= 0:
             user = self.flat.steps[users[0]]
             name, inputs = user.eqn.primitive.name, user.inputs
             other = inputs[1 - inputs.index(tap)] if len(inputs) == 2 else None
-            if name == "mul" and _number(other):
+            if name == "convert_element_type" and _is_cast(user):
+                pass
+            elif name == "mul" and _number(other):
                 scale *= float(other.value)  # type: ignore[union-attr]
             elif name in ("add", "add_any") and isinstance(other, int) and other in self.views:
                 bias_scale = self._bias_scale(self.views[other], user.outputs[0], features)
@@ -301,11 +358,18 @@ class _Analysis:
 def _feature_axes(step: Step, operand: int, rank: int) -> tuple[int, ...]:
     """The axes of a product's result that come from the weight."""
     params = step.eqn.params
+    if step.eqn.primitive.name == "gather":
+        return params["dimension_numbers"].offset_dims
     if step.eqn.primitive.name == "conv_general_dilated":
         return (params["dimension_numbers"].out_spec[1],)
     (contracted, _) = params["dimension_numbers"]
     free = len(step.eqn.invars[operand].aval.shape) - len(contracted[operand])
     return tuple(range(rank - free, rank)) if operand == 1 else tuple(range(free))
+
+
+def _kind(array: Any) -> Any:
+    """Shape and dtype, and inside `jax.shard_map` the mesh axes along which it varies."""
+    return array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
 
 
 _CACHE: WeakKeyDictionary[Any, dict[Any, Program]] = WeakKeyDictionary()
@@ -314,17 +378,16 @@ _CACHE: WeakKeyDictionary[Any, dict[Any, Program]] = WeakKeyDictionary()
 def trace(apply: ApplyFn, params: Params, x: Any) -> Program:
     """Trace a network at one image of the shape of those in x [n, *shape], and find its sites."""
     leaves, structure = jax.tree.flatten(params)
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(w), jnp.result_type(w)) for w in leaves]
-    image = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    dtypes = ((s.shape, s.dtype) for s in (*shapes, image))
-    key = (jax.config.jax_enable_x64, structure, *dtypes)  # type: ignore[attr-defined]
+    image = jax.eval_shape(lambda x: x[:1], x)
+    key = (jax.config.jax_enable_x64, structure, image, *map(_kind, leaves))  # type: ignore[attr-defined]
     try:
         cached = _CACHE.setdefault(apply, {})
     except TypeError:  # a callable without hash or weak reference
         cached = {}
     if key not in cached:
+        shapes = jax.eval_shape(lambda w: w, params)
         with jax.default_matmul_precision("highest"):  # see `empirical`
-            closed = jax.make_jaxpr(apply)(structure.unflatten(shapes), image)
+            closed = jax.make_jaxpr(apply)(shapes, image)
         flat = _Flattener()
         inputs = [flat.new(variable.aval) for variable in closed.jaxpr.invars]
         (output,) = flat.run(closed.jaxpr, closed.consts, inputs)
@@ -370,7 +433,7 @@ def run(
     added = {site.tap: tap for site, tap in zip(program.sites, taps, strict=True)}
     by_offsets = {site.step for site in program.sites} if jax.default_backend() == "cpu" else set()
     for position, step in enumerate(program.steps):
-        inputs = [i.value if isinstance(i, Constant) else values[i] for i in step.inputs]
+        inputs = [None if isinstance(i, Constant) else values[i] for i in step.inputs]
         if position in by_offsets and step.eqn.primitive.name == "conv_general_dilated":
             found = [_convolve(step, *inputs)]
         else:
@@ -379,6 +442,12 @@ def run(
             values[number] = value + added[number] if number in added else value
     data = [values[_data_operand(program, site)] for site in program.sites]
     return values[program.output], data
+
+
+def looked_up(program: Program, site: Site) -> int:
+    """Of how many rows of its weight the site looks some up; 0 where it is a product."""
+    eqn = program.steps[site.step].eqn
+    return eqn.invars[0].aval.shape[0] if eqn.primitive.name == "gather" else 0
 
 
 def _data_operand(program: Program, site: Site) -> int:
@@ -394,10 +463,16 @@ def normal_data(program: Program, site: Site, data: Any) -> jax.Array:
     """The data operand of a product as rows: [positions, inputs].
 
     An image is one position for a dense layer; a convolution has one for each output pixel, with
-    the pixels under the window (and zeros at the border) as inputs.
+    the pixels under the window (and zeros at the border) as inputs. Where rows are looked up it is
+    their numbers [positions, 1], −1 where there is no such row.
     """
     step = program.steps[site.step]
     params = step.eqn.params
+    if step.eqn.primitive.name == "gather":
+        ids, count = data.reshape(-1, 1), step.eqn.invars[0].aval.shape[0]
+        if params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            return jnp.clip(ids, 0, count - 1)
+        return jnp.where((ids >= 0) & (ids < count), ids, -1)
     if step.eqn.primitive.name == "dot_general":
         contracted = params["dimension_numbers"][0][1 - site.operand]
         free = [axis for axis in range(data.ndim) if axis not in contracted]
@@ -487,7 +562,8 @@ def _convolve(step: Step, data: Any, kernel: Any) -> jax.Array:
         return total, None
 
     terms = (jnp.arange(windows.shape[0]), kernel)
-    found = jax.lax.scan(add, jnp.zeros(shape, dtype), terms)[0].astype(out.dtype)
+    zeros = along(jnp.zeros(shape, dtype), (data, kernel))
+    found = jax.lax.scan(add, zeros, terms)[0].astype(out.dtype)
     batch, channel, *spatial = numbers.out_spec
     return found.transpose(np.argsort([batch, *spatial, channel]))
 
@@ -512,6 +588,8 @@ def normal_weight(program: Program, site: Site, leaf: Any) -> jax.Array:
     step = program.steps[site.step]
     value = apply_view(site.view._replace(steps=_unscaled(site.view.steps)), leaf)
     params = step.eqn.params
+    if step.eqn.primitive.name == "gather":
+        return value.reshape(len(value), -1)
     if step.eqn.primitive.name == "conv_general_dilated":
         out, into, *spatial = params["dimension_numbers"].rhs_spec
         value = value.transpose(*spatial, into, out)

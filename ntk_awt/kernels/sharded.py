@@ -22,6 +22,7 @@ from ntk_awt.kernels import planning
 from ntk_awt.kernels.empirical import _compute, _selection
 from ntk_awt.kernels.planning import BUDGET, Plan
 from ntk_awt.masks import effective, unit_gain
+from ntk_awt.precision import widened
 from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params
 
 
@@ -79,6 +80,7 @@ def empirical(
     if axis is not None:
         choose("axis", axis, mesh.axis_names)
     axes = mesh.axis_names if axis is None else (axis,)
+    params, x1, x2, gain = widened((params, x1, x2, gain))
     x2 = x1 if x2 is None else x2
     if x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")

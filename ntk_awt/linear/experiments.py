@@ -150,6 +150,14 @@ def in_parallel(
     return results
 
 
+def stop_workers() -> None:
+    """End the processes of `in_parallel`, whatever they do, and remove their shared files."""
+    from joblib.externals.loky import reusable_executor  # joblib has no public way
+
+    if reusable_executor._executor is not None:
+        reusable_executor._executor.terminate(kill_workers=True)
+
+
 # ---------------------------------------------------------------- L5: human knowledge
 
 

@@ -17,7 +17,7 @@ import optax
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Ticket, effective, is_prunable, top_k
+from ntk_awt.masks import Prunable, Ticket, effective, prunable_leaves, top_k
 from ntk_awt.tickets.objective import (
     KernelFn,
     Target,
@@ -72,6 +72,7 @@ def reselect(
     share: jax.Array,
     *,
     units: bool = False,
+    prunable: Prunable | None = None,
 ) -> tuple[Params, Mask]:
     """Drop the kept weights of each layer with the lowest scores and grow as many pruned ones.
 
@@ -82,6 +83,7 @@ def reselect(
         gradient: of the objective with respect to the effective weights, pruned ones included.
         share: of the kept weights to replace, traced scalar in [0, 1].
         units: do so for each output unit (or channel), which then keeps its number of weights.
+        prunable: see `masks.prunable_leaves`.
 
     Returns:
         θ with dropped and grown weights at zero, and the new mask.
@@ -98,28 +100,37 @@ def reselect(
 
     rule = jax.vmap(swapped, in_axes=-1, out_axes=-1) if units else swapped  # units come last
 
-    def leaf(w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rule(w, m, s, g) if is_prunable(w) else (w, m)
-
     leaves = [jax.tree.leaves(tree) for tree in (params, mask, scores, gradient)]
-    new_params, new_mask = zip(*map(leaf, *leaves), strict=True)
+    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
+
+    def leaf(
+        p: bool, w: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return rule(w, m, s, g) if p else (w, m)
+
+    new_params, new_mask = zip(*map(leaf, chosen, *leaves), strict=True)
     structure = jax.tree.structure(params)
     return structure.unflatten(new_params), structure.unflatten(new_mask)
 
 
-def _decay(ticket: Ticket, l2: float) -> Params:
-    """Gradient of l2/density · ‖γ⊙m⊙θ‖² with respect to θ, biases left out."""
-    params, mask, gain = ticket  # pruned entries of θ are zero
-    prunable = [m for m in jax.tree.leaves(mask) if is_prunable(m)]
-    scale = 2 * l2 * sum(m.size for m in prunable) / sum(jnp.sum(m) for m in prunable)
+def _decay(ticket: Ticket, l2: float, prunable: Prunable | None = None) -> Params:
+    """Gradient of l2/density · ‖γ⊙m⊙θ‖² with respect to θ, over prunable leaves."""
+    params, mask, gain = ticket
+    chosen = prunable_leaves(params, prunable)
+    layers = [m for m, p in zip(*map(jax.tree.leaves, (mask, chosen)), strict=True) if p]
+    scale = 2 * l2 * sum(m.size for m in layers) / sum(jnp.sum(m) for m in layers)
     return jax.tree.map(
-        lambda w, g: scale * jnp.square(g) * w if is_prunable(w) else jnp.zeros_like(w),
+        lambda w, m, g, p: jnp.where(m, scale * jnp.square(g) * w, 0) if p else jnp.zeros_like(w),
         params,
+        mask,
         gain,
+        chosen,
     )
 
 
-def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
+def awt(
+    apply: ApplyFn, config: TicketConfig, gain: str, prunable: Prunable | None = None
+) -> Solver:
     """Adam on the kept weights of a fixed or re-selected mask.
 
     What it minimises is J + l2/density · ‖γ⊙m⊙θ‖²; what it reports is J.
@@ -128,12 +139,15 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         apply: the dense network's function.
         config: steps, step size, weights of the objective and of ‖w‖², the Jacobian, re-selection.
         gain: not used: the gain of the start stays, since the weights themselves are optimised.
+        prunable: see `masks.prunable_leaves`.
     """
     optimizer = optax.adam(step_size(config.ticket_learning_rate, config))
     units = config.reselect == "regrow-units"
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
         pruned = jax.tree.map(lambda w, m: jnp.where(m, 0, w), params, ticket.mask)
+        kept = jax.tree.map(lambda w, m: jnp.where(m, w, 0), ticket.params, ticket.mask)
+        ticket = ticket._replace(params=kept)
         memory = Memory(optimizer.init(ticket.params), jnp.zeros(()), pruned)
         return SolverState(jnp.zeros((), jnp.int32), ticket, memory)
 
@@ -149,7 +163,7 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         # Zero at pruned weights, whatever the Jacobian: they enter through γ⊙m⊙θ only.
         value, gradient, balance = objective_gradient(compute, params, memory.balance, config)
         if config.l2:
-            gradient = jax.tree.map(jnp.add, gradient, _decay(state.ticket, config.l2))
+            gradient = jax.tree.map(jnp.add, gradient, _decay(state.ticket, config.l2, prunable))
         updates, optimizer_state = optimizer.update(gradient, memory.optimizer, params)
         ticket = Ticket(optax.apply_updates(params, updates), mask, gain)
         memory = Memory(optimizer_state, balance, memory.pruned)
@@ -167,7 +181,9 @@ def awt(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         scores = sensitivity(apply, weights, target.x, target.key)
         done = state.step / config.ticket_steps
         share = 0.5 * config.reselect_fraction * (1 + jnp.cos(jnp.pi * done))
-        return Ticket(*reselect(params, mask, scores, gradient, share, units=units), gain)
+        return Ticket(
+            *reselect(params, mask, scores, gradient, share, units=units, prunable=prunable), gain
+        )
 
     def largest(state: SolverState) -> tuple[Ticket, Params]:
         params, mask, gain = state.ticket

@@ -6,6 +6,7 @@ that any baseline can have the layer densities of any other.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from ntk_awt import masks
 from ntk_awt.attacks import Attack, cross_entropy
 from ntk_awt.config import MaskConfig
 from ntk_awt.errors import choose
-from ntk_awt.masks import Scores, Ticket
+from ntk_awt.masks import Prunable, Scores, Ticket
+from ntk_awt.network import check_network
 from ntk_awt.tickets.objective import attacked_inputs
 from ntk_awt.tickets.search import Problem
 from ntk_awt.types import ApplyFn, Images, Mask, Params
@@ -82,25 +84,42 @@ def synflow_scores(apply: ApplyFn, problem: Problem, mask: Mask) -> Scores:
     return jax.tree.map(jnp.multiply, weights, flow)
 
 
-def _random(apply: ApplyFn, problem: Problem, attack: Attack, config: MaskConfig) -> Mask:
-    return masks.make(
-        masks.random_scores(problem.key, problem.params), config.density, config.allocation
-    )
+class Making(NamedTuple):
+    """How scores become a mask, and where they look.
+
+    Attributes:
+        attack: for those that look at attacked images.
+        config: density and allocation.
+        prunable: see `masks.prunable_leaves`.
+    """
+
+    attack: Attack
+    config: MaskConfig
+    prunable: Prunable | None
+
+    def __call__(self, scores: Scores, density: float | None = None) -> Mask:
+        """The mask of the highest scores, of the config's density if none is given."""
+        density = self.config.density if density is None else density
+        return masks.make(scores, density, self.config.allocation, self.prunable)
 
 
-def _magnitude(apply: ApplyFn, problem: Problem, attack: Attack, config: MaskConfig) -> Mask:
-    return masks.make(masks.magnitude_scores(problem.params), config.density, config.allocation)
+def _random(apply: ApplyFn, problem: Problem, make: Making) -> Mask:
+    return make(masks.random_scores(problem.key, problem.params))
+
+
+def _magnitude(apply: ApplyFn, problem: Problem, make: Making) -> Mask:
+    return make(masks.magnitude_scores(problem.params))
 
 
 def _by_gradient(
     scores: Callable[[ApplyFn, Problem, Images], Scores], inputs: str
 ) -> Callable[..., Mask]:
-    def make(apply: ApplyFn, problem: Problem, attack: Attack, config: MaskConfig) -> Mask:
+    def mask(apply: ApplyFn, problem: Problem, make: Making) -> Mask:
         few = problem._replace(x=problem.x[:IMAGES], y=problem.y[:IMAGES])
-        x = _inputs(apply, few, attack, inputs)
-        return masks.make(scores(apply, few, x), config.density, config.allocation)
+        x = _inputs(apply, few, make.attack, inputs)
+        return make(scores(apply, few, x))
 
-    return make
+    return mask
 
 
 @partial(jax.jit, static_argnames=("apply", "attack", "inputs"))
@@ -111,17 +130,17 @@ def _inputs(apply: ApplyFn, problem: Problem, attack: Attack, inputs: str) -> Im
     )
 
 
-def _synflow(apply: ApplyFn, problem: Problem, attack: Attack, config: MaskConfig) -> Mask:
+def _synflow(apply: ApplyFn, problem: Problem, make: Making) -> Mask:
     mask = masks.ones(problem.params)
     for done in range(1, ROUNDS + 1):
         scores = synflow_scores(apply, problem, mask)
         # Pruned weights stay pruned: their score is 0, and where others' are too, they come last.
         scores = jax.tree.map(lambda s, m: jnp.where(m, s, -1.0), scores, mask)
-        mask = masks.make(scores, config.density ** (done / ROUNDS), config.allocation)
+        mask = make(scores, make.config.density ** (done / ROUNDS))
     return mask
 
 
-BASELINES: dict[str, Callable[[ApplyFn, Problem, Attack, MaskConfig], Mask]] = {
+BASELINES: dict[str, Callable[[ApplyFn, Problem, Making], Mask]] = {
     "random": _random,
     "magnitude": _magnitude,
     "snip": _by_gradient(snip_scores, "natural"),
@@ -129,14 +148,19 @@ BASELINES: dict[str, Callable[[ApplyFn, Problem, Attack, MaskConfig], Mask]] = {
     "grasp": _by_gradient(grasp_scores, "natural"),
     "synflow": _synflow,
 }
-"""Masks that need no search, by name: `(apply, problem, attack, config) -> mask`.
+"""Masks that need no search, by name: `(apply, problem, make) -> mask`.
 
 random, magnitude; snip, grasp, synflow as published; snip-robust is SNIP of the loss under attack.
 """
 
 
 def baseline(
-    name: str, apply: ApplyFn, problem: Problem, attack: Attack, config: MaskConfig
+    name: str,
+    apply: ApplyFn,
+    problem: Problem,
+    attack: Attack,
+    config: MaskConfig,
+    prunable: Prunable | None = None,
 ) -> Ticket:
     """A ticket without search: scores, allocation, selection, gain; pruned weights at zero.
 
@@ -146,12 +170,14 @@ def baseline(
         problem: the dense network at initialisation, training images and labels, threat model, key.
         attack: for those that look at attacked images.
         config: density, allocation, gain.
+        prunable: see `masks.prunable_leaves`.
 
     Returns:
         A ticket of exactly that density.
 
     Raises:
-        InputError: unknown name, or what `masks.make` and `masks.energy_gain` raise.
+        InputError: unknown name, a network that is none, or what `masks.make` and
+            `masks.energy_gain` raise.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -166,5 +192,6 @@ def baseline(
         (4, 3.162)
     """
     choose("baseline", name, BASELINES)
-    mask = BASELINES[name](apply, problem, attack, config)
-    return masks.sparse(problem.params, mask, config.gain)
+    check_network(apply, problem.params, problem.x)
+    mask = BASELINES[name](apply, problem, Making(attack, config, prunable))
+    return masks.sparse(problem.params, mask, config.gain, prunable)

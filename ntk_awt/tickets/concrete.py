@@ -16,7 +16,7 @@ import optax
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Ticket, is_prunable
+from ntk_awt.masks import Prunable, Ticket, prunable_leaves
 from ntk_awt.tickets.objective import KernelFn, Target, Terms, objective_gradient, terms
 from ntk_awt.tickets.solver import Selection, Solver, SolverState, kept_counts, regain, step_size
 from ntk_awt.types import ApplyFn, Key, Mask, Params
@@ -49,16 +49,17 @@ class Memory(NamedTuple):
     key: jax.Array
 
 
-def relaxed(logits: Any, key: Key, temperature: float) -> Any:
+def relaxed(logits: Any, key: Key, temperature: float, prunable: Prunable | None = None) -> Any:
     """One draw of the relaxed mask, real numbers in (0, 1); 1 where nothing is prunable."""
     leaves, structure = jax.tree.flatten(logits)
 
-    def leaf(s: jax.Array, key: Key) -> jax.Array:
+    def leaf(s: jax.Array, key: Key, p: bool) -> jax.Array:
         noise = jax.random.logistic(key, s.shape, s.dtype)
-        return jax.nn.sigmoid((s + noise) / temperature) if is_prunable(s) else jnp.ones_like(s)
+        return jax.nn.sigmoid((s + noise) / temperature) if p else jnp.ones_like(s)
 
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([leaf(s, k) for s, k in zip(leaves, keys, strict=True)])
+    chosen = jax.tree.leaves(prunable_leaves(logits, prunable))
+    return structure.unflatten(list(map(leaf, leaves, keys, chosen)))
 
 
 def wanted_counts(counts: Any, sizes: Any, step: jax.Array, steps: int) -> Any:
@@ -67,19 +68,21 @@ def wanted_counts(counts: Any, sizes: Any, step: jax.Array, steps: int) -> Any:
     return jax.tree.map(lambda c, n: (START * n) ** (1 - done) * (c * 1.0) ** done, counts, sizes)
 
 
-def pull(logits: Any, wanted: Any, *, learned: bool) -> Any:
+def pull(logits: Any, wanted: Any, *, learned: bool, prunable: Prunable | None = None) -> Any:
     """Direction in which the expected numbers of kept weights approach the wanted ones.
 
     The gradient of ½(relative excess)² of each layer, or of all together if the allocation is
     learned; of norm 1 or less: it is tapered near the target.
     """
 
+    chosen = jax.tree.leaves(prunable_leaves(logits, prunable))
+
     def expected(s: Any) -> list[jax.Array]:
-        found = [jnp.sum(jax.nn.sigmoid(leaf)) for leaf in jax.tree.leaves(s) if is_prunable(leaf)]
+        layers = [leaf for leaf, p in zip(jax.tree.leaves(s), chosen, strict=True) if p]
+        found = [jnp.sum(jax.nn.sigmoid(leaf)) for leaf in layers]
         return [sum(found[1:], found[0])] if learned else found
 
-    prunable = [is_prunable(leaf) for leaf in jax.tree.leaves(logits)]
-    goals = [w for w, p in zip(jax.tree.leaves(wanted), prunable, strict=True) if p]
+    goals = [w for w, p in zip(jax.tree.leaves(wanted), chosen, strict=True) if p]
     goals = [sum(goals[1:], goals[0])] if learned else goals
 
     def excess(s: Any) -> jax.Array:
@@ -95,7 +98,9 @@ def pull(logits: Any, wanted: Any, *, learned: bool) -> Any:
     return jax.tree.map(lambda g: g * jnp.minimum(worst / TAPER, 1.0) / norm, gradient)
 
 
-def concrete(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
+def concrete(
+    apply: ApplyFn, config: TicketConfig, gain: str, prunable: Prunable | None = None
+) -> Solver:
     """Adam on the logits of a relaxed mask; weights stay at their initial values.
 
     `state.ticket` has the exact mask of the highest logits after every step.
@@ -104,9 +109,10 @@ def concrete(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         apply: the dense network's function.
         config: steps, step size of the scores, temperature, the objective, the allocation.
         gain: a name in `masks.GAINS`; that of the drawn mask is used in every step.
+        prunable: see `masks.prunable_leaves`.
     """
     optimizer = optax.adam(step_size(config.score_learning_rate, config))
-    select = Selection(config.learn_allocation)
+    select = Selection(config.learn_allocation, prunable)
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
         logits = jax.tree.map(jnp.zeros_like, params)
@@ -123,8 +129,10 @@ def concrete(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         key = jax.random.fold_in(jax.random.wrap_key_data(memory.key), state.step)
 
         def compute(logits: Any) -> Terms:
-            mask = relaxed(logits, key, config.temperature)
-            ticket = Ticket(memory.weights, mask, regain(gain, memory.weights, mask, before))
+            mask = relaxed(logits, key, config.temperature, prunable)
+            ticket = Ticket(
+                memory.weights, mask, regain(gain, memory.weights, mask, before, prunable)
+            )
             return terms(apply, ticket, target, config, kernel=kernel)
 
         value, gradient, balance = objective_gradient(
@@ -133,13 +141,13 @@ def concrete(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         sizes = jax.tree.map(jnp.size, memory.logits)
         wanted = wanted_counts(counts, sizes, state.step, config.ticket_steps)
         norm = optax.tree.norm(gradient)
-        towards = pull(memory.logits, wanted, learned=config.learn_allocation)
+        towards = pull(memory.logits, wanted, learned=config.learn_allocation, prunable=prunable)
         gradient = jax.tree.map(lambda g, p: g + norm * p, gradient, towards)
         updates, optimizer_state = optimizer.update(gradient, memory.optimizer)
         logits: Any = optax.apply_updates(memory.logits, updates)
         mask: Mask = select(logits, counts)
         kept = jax.tree.map(lambda w, m: w * m, memory.weights, mask)
-        ticket = Ticket(kept, mask, regain(gain, memory.weights, mask, before))
+        ticket = Ticket(kept, mask, regain(gain, memory.weights, mask, before, prunable))
         memory = memory._replace(logits=logits, optimizer=optimizer_state, balance=balance)
         return SolverState(state.step + 1, ticket, memory), value
 

@@ -27,6 +27,7 @@ from ntk_awt.kernels import (
     target_distance,
 )
 from ntk_awt.masks import Ticket, effective
+from ntk_awt.precision import widened
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
 
@@ -39,7 +40,7 @@ class Target(NamedTuple):
 
     Attributes:
         x: the inputs [n, *shape].
-        logits: of the dense network at x, [n, c].
+        logits: of the dense network at x, [n, c], in float32 at least.
         kernel: of the dense network, [n, n, c, c], or [n // 2, n // 2, c, c] between the halves;
             None where distances are estimated.
         params: of the dense network.
@@ -161,7 +162,7 @@ def target_of(
     )  # fmt: skip
     exact = config.estimator == "exact"
     kernel = empirical(apply, params, *_pairs(x, config)) if exact else None
-    return Target(x, apply(params, x), kernel, params, rest)
+    return Target(x, widened(apply(params, x)), kernel, params, rest)
 
 
 def _kernel_terms(
@@ -224,6 +225,7 @@ def divergence(dense: jax.Array, sparse: jax.Array) -> jax.Array:
     Source: the reverse divergence of Arora & Teuscher, "Winning the lottery by preserving network
     training dynamics with concrete ticket search" (2025).
     """
+    dense, sparse = widened((dense, sparse))
     return optax.kl_divergence(jax.nn.log_softmax(dense), jax.nn.softmax(sparse)).mean()
 
 
@@ -277,7 +279,7 @@ def residuals(
     """
     params, mask, gain = ticket
     at, sides = effective(*ticket), _pairs(target.x, config)
-    of_target = target.logits - apply(at, target.x)
+    of_target = target.logits - widened(apply(at, target.x))
     sparse = kernel(apply, params, *sides, mask=mask, gain=gain, jacobian=config.jacobian, at=at)
     assert target.kernel is not None
     of_kernel = target.kernel - sparse
@@ -322,7 +324,7 @@ def objective_gradient(
     values, pull = jax.vjp(compute, at)
     zero, one = jnp.zeros_like(values.target), jnp.ones_like(values.target)
     (of_target,), (of_kernel,) = pull(Terms(one, zero)), pull(Terms(zero, one))
-    norms = [optax.tree.norm(g) for g in (of_target, of_kernel)]
+    norms = [optax.tree.norm(widened(g)) for g in (of_target, of_kernel)]
     ratio = norms[0] / jnp.maximum(norms[1], jnp.finfo(norms[1].dtype).tiny)
     balance = jnp.where(balance == 0, ratio, 0.9 * balance + 0.1 * ratio)
     weights = config.target_weight, config.kernel_weight * balance

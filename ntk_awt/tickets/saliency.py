@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Ticket
+from ntk_awt.masks import Prunable, Ticket
 from ntk_awt.tickets.objective import KernelFn, Target, residuals
 from ntk_awt.tickets.solver import Selection, Solver, SolverState, kept_counts, regain
 from ntk_awt.types import ApplyFn, Key, Params
@@ -72,7 +72,9 @@ def round_counts(counts: Any, sizes: Any, done: jax.Array) -> Any:
     )
 
 
-def saliency(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
+def saliency(
+    apply: ApplyFn, config: TicketConfig, gain: str, prunable: Prunable | None = None
+) -> Solver:
     """From the dense network to the density in `config.rounds` rounds; weights stay as they are.
 
     Each step adds one batch's estimate; a round ends with the removal of the lowest.
@@ -81,13 +83,14 @@ def saliency(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
         apply: the dense network's function.
         config: steps, rounds, weights of the objective, the allocation. The step sizes don't count.
         gain: a name in `masks.GAINS`; that of the current mask is used in every step.
+        prunable: see `masks.prunable_leaves`.
     """
-    select = Selection(config.learn_allocation)
+    select = Selection(config.learn_allocation, prunable)
     steps, rounds = config.ticket_steps, config.rounds
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
         everything = jax.tree.map(jnp.ones_like, ticket.mask)
-        first = Ticket(params, everything, regain(gain, params, everything, ticket.gain))
+        first = Ticket(params, everything, regain(gain, params, everything, ticket.gain, prunable))
         rises = jax.tree.map(jnp.zeros_like, params)
         memory = Memory(params, kept_counts(ticket.mask), rises, jax.random.key_data(key))
         return SolverState(jnp.zeros((), jnp.int32), first, memory)
@@ -113,7 +116,7 @@ def saliency(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
             scores = jax.tree.map(lambda r, m: jnp.where(m, r, -jnp.inf), rises, mask)
             left = select(scores, round_counts(memory.counts, sizes, now / rounds))
             kept = jax.tree.map(lambda w, m: w * m, memory.weights, left)
-            ticket = Ticket(kept, left, regain(gain, memory.weights, left, gains))
+            ticket = Ticket(kept, left, regain(gain, memory.weights, left, gains, prunable))
             return ticket, jax.tree.map(jnp.zeros_like, rises)
 
         ticket, rises = jax.lax.cond(

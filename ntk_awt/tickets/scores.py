@@ -13,7 +13,7 @@ import optax
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Ticket, is_prunable
+from ntk_awt.masks import Prunable, Ticket, prunable_leaves
 from ntk_awt.tickets.objective import KernelFn, Target, Terms, objective_gradient, terms
 from ntk_awt.tickets.solver import (
     Selection,
@@ -45,16 +45,23 @@ class Memory(NamedTuple):
     balance: jax.Array
 
 
-def straight_through(hard: Mask, scores: Any) -> Any:
-    """The mask as real numbers, with derivative 1 with respect to the scores."""
+def straight_through(hard: Mask, scores: Any, prunable: Prunable | None = None) -> Any:
+    """The mask as real numbers, with derivative 1 with respect to the scores of prunable leaves."""
 
-    def leaf(m: jax.Array, s: jax.Array) -> jax.Array:
-        return m + (s - jax.lax.stop_gradient(s)) if is_prunable(m) else m.astype(s.dtype)
+    def leaf(m: jax.Array, s: jax.Array, p: bool) -> jax.Array:
+        return m + (s - jax.lax.stop_gradient(s)) if p else m.astype(s.dtype)
 
-    return jax.tree.map(leaf, hard, scores)
+    return jax.tree.map(leaf, hard, scores, prunable_leaves(hard, prunable))
 
 
-def _solver(apply: ApplyFn, config: TicketConfig, gain: str, *, train_weights: bool) -> Solver:
+def _solver(
+    apply: ApplyFn,
+    config: TicketConfig,
+    gain: str,
+    prunable: Prunable | None,
+    *,
+    train_weights: bool,
+) -> Solver:
     optimizer = optax.multi_transform(
         {
             "scores": optax.adam(step_size(config.score_learning_rate, config)),
@@ -64,11 +71,11 @@ def _solver(apply: ApplyFn, config: TicketConfig, gain: str, *, train_weights: b
         },
         {"scores": "scores", "weights": "weights"},
     )
-    select = Selection(config.learn_allocation)
+    select = Selection(config.learn_allocation, prunable)
 
     def gain_of(weights: Params, mask: Mask, before: Gain) -> Gain:
         """Trained weights absorb a gain; frozen ones need that of their mask."""
-        return before if train_weights else regain(gain, weights, mask, before)
+        return before if train_weights else regain(gain, weights, mask, before, prunable)
 
     def init(params: Params, ticket: Ticket, key: Key) -> SolverState:
         leaves, structure = jax.tree.flatten(ticket.mask)
@@ -91,7 +98,7 @@ def _solver(apply: ApplyFn, config: TicketConfig, gain: str, *, train_weights: b
         counts = kept_counts(hard)
 
         def compute(at: dict[str, Any]) -> Terms:
-            soft = straight_through(hard, at["scores"])
+            soft = straight_through(hard, at["scores"], prunable)
             return terms(apply, Ticket(at["weights"], soft, gains), target, config, kernel=kernel)
 
         at = {"scores": memory.scores, "weights": memory.weights}
@@ -107,22 +114,27 @@ def _solver(apply: ApplyFn, config: TicketConfig, gain: str, *, train_weights: b
     return Solver(init, update)
 
 
-def awt_scores(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
+def awt_scores(
+    apply: ApplyFn, config: TicketConfig, gain: str, prunable: Prunable | None = None
+) -> Solver:
     """The mask alone: scores learn, weights stay at their initial values.
 
     Args:
         apply: the dense network's function.
         config: steps, step size of the scores, weights of the objective, the allocation.
         gain: a name in `masks.GAINS`; that of the current mask is used in every step.
+        prunable: see `masks.prunable_leaves`.
     """
-    return _solver(apply, config, gain, train_weights=False)
+    return _solver(apply, config, gain, prunable, train_weights=False)
 
 
-def awt_joint(apply: ApplyFn, config: TicketConfig, gain: str) -> Solver:
+def awt_joint(
+    apply: ApplyFn, config: TicketConfig, gain: str, prunable: Prunable | None = None
+) -> Solver:
     """The mask and the weights together.
 
     Args:
-        apply, config: see `awt_scores`; both step sizes count.
+        apply, config, prunable: see `awt_scores`; both step sizes count.
         gain: not used: the gain of the start stays, since the weights themselves are optimised.
     """
-    return _solver(apply, config, gain, train_weights=True)
+    return _solver(apply, config, gain, prunable, train_weights=True)

@@ -14,7 +14,8 @@ from ntk_awt.attacks import Attack
 from ntk_awt.config import TicketConfig, VariantConfig
 from ntk_awt.errors import InputError, check_finite, choose
 from ntk_awt.kernels import Plan, empirical
-from ntk_awt.masks import Ticket, effective
+from ntk_awt.masks import Prunable, Ticket, effective
+from ntk_awt.network import check_network
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.awt import awt
 from ntk_awt.tickets.concrete import concrete
@@ -32,14 +33,14 @@ from ntk_awt.tickets.scores import awt_joint, awt_scores
 from ntk_awt.tickets.solver import Solver, SolverState
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 
-SOLVERS: dict[str, Callable[[ApplyFn, TicketConfig, str], Solver]] = {
+SOLVERS: dict[str, Callable[..., Solver]] = {
     "awt": awt,
     "awt-scores": awt_scores,
     "awt-joint": awt_joint,
     "concrete": concrete,
     "saliency": saliency,
 }
-"""Solvers by name: `(apply, config, gain) -> Solver`, the gain a name in `masks.GAINS`."""
+"""Solvers by name: `(apply, config, gain, prunable) -> Solver`, the gain one in `masks.GAINS`."""
 
 PRESETS: dict[str, VariantConfig] = {
     "ntt": VariantConfig(
@@ -145,9 +146,10 @@ class _Static(NamedTuple):
     attack: Attack
     config: TicketConfig
     gain: str
+    prunable: Prunable | None
 
     def solver(self) -> Solver:
-        return SOLVERS[self.config.solver](self.apply, self.config, self.gain)
+        return SOLVERS[self.config.solver](self.apply, self.config, self.gain, self.prunable)
 
 
 @partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="state")
@@ -215,6 +217,7 @@ def start(
     ticket: Ticket,
     key: Key,
     gain: str = "energy",
+    prunable: Prunable | None = None,
 ) -> SearchState:
     """The state before the first step.
 
@@ -224,6 +227,7 @@ def start(
         ticket: the sparse network to start from; its number of kept weights is that of the result.
         key: random key of the solver's own draws.
         gain: a name in `masks.GAINS`.
+        prunable: see `masks.prunable_leaves`.
 
     Raises:
         InputError: unknown solver.
@@ -231,7 +235,7 @@ def start(
     choose("solver", config.solver, SOLVERS)
     # Copies: the search donates its state, and the caller keeps what it gave.
     params, first, best = (jax.tree.map(jnp.array, tree) for tree in (params, ticket, ticket))
-    solver = SOLVERS[config.solver](apply, config, gain)
+    solver = SOLVERS[config.solver](apply, config, gain, prunable)
     state = jax.tree.map(jnp.array, solver.init(params, first, key))
     return SearchState(state, best, jnp.array(jnp.inf), jnp.zeros((), jnp.int32))
 
@@ -262,6 +266,7 @@ def search(
     config: TicketConfig,
     on_record: Callable[[SearchState, SearchRecord], None],
     gain: str = "energy",
+    prunable: Prunable | None = None,
 ) -> Ticket:
     """Run the solver to its last step, recording both distances on a held-out batch.
 
@@ -278,22 +283,25 @@ def search(
         on_record: called with the state and the record, at each of `record_steps` that is later
             than the state's step, and at step 0.
         gain: a name in `masks.GAINS`, the one that `start` had.
+        prunable: see `masks.prunable_leaves`; the one that `start` had.
 
     Returns:
         The sparse network after the last step, or with `config.patience` the one with the lowest
         objective on the held-out batch.
 
     Raises:
-        InputError: fewer images than a batch, or an objective that is no longer finite.
+        InputError: a network that is none (`network.check_network`), fewer images than a batch, or
+            an objective that is no longer finite.
     """
+    check_network(apply, problem.params, problem.x)
     if problem.x.shape[0] < config.ticket_batch_size:
         raise InputError(
             "ticket_batch_size",
             expected=f"at most the number of images, {problem.x.shape[0]}",
             got=str(config.ticket_batch_size),
         )
-    solver = SOLVERS[config.solver](apply, config, gain)
-    static, plan = _Static(apply, attack, config, gain), None
+    solver = SOLVERS[config.solver](apply, config, gain, prunable)
+    static, plan = _Static(apply, attack, config, gain, prunable), None
     if solver.fixed_mask and config.jacobian == "masked" and config.estimator == "exact":
         plan = _plan(apply, problem, state.solver.ticket, config)
     records, refreshes = record_steps(config), _refresh_steps(config, solver)
@@ -350,7 +358,7 @@ def _plan(apply: ApplyFn, problem: Problem, ticket: Ticket, config: TicketConfig
     return kernels.plan(apply, effective(*ticket), *sides, mask=ticket.mask)
 
 
-@partial(jax.jit, static_argnames=("apply", "config", "gain"))
+@partial(jax.jit, static_argnames=("apply", "config", "gain", "prunable"))
 def solve(
     apply: ApplyFn,
     params: Params,
@@ -359,6 +367,7 @@ def solve(
     key: Key,
     config: TicketConfig,
     gain: str = "energy",
+    prunable: Prunable | None = None,
 ) -> Ticket:
     """All steps of a solver on one fixed target, without records: for small problems.
 
@@ -367,12 +376,13 @@ def solve(
         ticket: the sparse network to start from.
         target: what to match.
         key: random key of the solver's own draws.
-        config, gain: see `search`; masks are not refreshed.
+        config, gain, prunable: see `search`; masks are not refreshed.
 
     Returns:
         The sparse network after `config.ticket_steps` steps; traceable.
     """
-    solver = SOLVERS[config.solver](apply, config, gain)
+    check_network(apply, params, target.x)
+    solver = SOLVERS[config.solver](apply, config, gain, prunable)
 
     def step(state: SolverState, _: None) -> tuple[SolverState, None]:
         return solver.update(state, target)[0], None

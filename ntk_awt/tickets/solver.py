@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import GAINS, Ticket, is_prunable, top_k
+from ntk_awt.masks import GAINS, Prunable, Ticket, prunable_leaves, top_k
 from ntk_awt.schedules import SCHEDULES
 from ntk_awt.tickets.objective import KernelFn, Target
 from ntk_awt.types import Gain, Key, Mask, Params
@@ -75,9 +75,11 @@ class Selection:
     Attributes:
         learned: whether the scores of all layers compete for the weights that are kept; else each
             layer keeps its number.
+        prunable: see `masks.prunable_leaves`.
     """
 
     learned: bool
+    prunable: Prunable | None = None
 
     def __call__(self, scores: Any, counts: Any) -> Mask:
         """The mask of the highest scores, exact in number; every layer keeps at least one weight.
@@ -89,7 +91,7 @@ class Selection:
         if not self.learned:
             return top_k(scores, counts)
         leaves, structure = jax.tree.flatten(scores)
-        prunable = [is_prunable(s) for s in leaves]
+        prunable = jax.tree.leaves(prunable_leaves(scores, self.prunable))
         flat = [
             # The highest score of each layer always wins: an empty layer cuts the network.
             jnp.ravel(s).at[jnp.argmax(s)].set(jnp.inf)
@@ -117,13 +119,16 @@ def kept_counts(mask: Mask) -> Any:
     return jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), mask)
 
 
-def regain(gain: str, weights: Params, mask: Mask, before: Gain) -> Gain:
+def regain(
+    gain: str, weights: Params, mask: Mask, before: Gain, prunable: Prunable | None = None
+) -> Gain:
     """The gain of another mask of the same weights, held fixed in gradients.
 
     Args:
         gain: a name in `masks.GAINS`.
         weights, mask: the weights and the new mask.
         before: what the gain was; only its dtypes matter.
+        prunable: see `masks.prunable_leaves`.
     """
-    found = jax.lax.stop_gradient(GAINS[gain](weights, mask))
+    found = jax.lax.stop_gradient(GAINS[gain](weights, mask, prunable))
     return jax.tree.map(lambda g, b: g.astype(b.dtype), found, before)
