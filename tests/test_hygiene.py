@@ -285,9 +285,16 @@ def test_faults_of_attacks_are_seen(fault: str):
 
 
 def test_an_attack_that_leaves_everything_right_at_a_large_radius_is_seen():
-    assert large_radius(ATTACK, subject(), KEY).status == "pass"
-    assert large_radius(Broken("idle"), subject(), KEY).status == "fail"
-    assert large_radius(ATTACK, subject(threat=Linf(0.0)), KEY).status == "pass"
+    def status(attack: Any, threat: Any = THREAT) -> str:
+        found = large_radius(attack, subject(threat=threat), KEY)
+        assert found is not None
+        return found.status
+
+    assert status(ATTACK) == "pass"
+    assert status(Broken("idle")) == "fail"
+    assert status(ATTACK, Linf(0.0)) == "pass"
+    assert status(ATTACK, Linf(0.1, (-np.inf, np.inf))) == "pass"
+    assert status(Broken("idle"), Linf(0.1, (-np.inf, np.inf))) == "fail"
 
 
 def test_attacked_images_from_elsewhere_are_judged_as_they_are():

@@ -29,7 +29,7 @@ from ntk_awt.threats import L2, Linf, StrongL2
 SLOW = ("test_no_point_of_a_threat_set_is_outside cnn*",)
 
 EVERYWHERE = (-np.inf, np.inf)
-FUNCTIONS = {
+FUNCTIONS: dict[str, Any] = {
     name: intervals._UNARY[name] for name in ("tanh", "erf", "erfc", "logistic", "exp")
 } | {"gelu": intervals._GELU}
 

@@ -450,7 +450,7 @@ def _in_mode(mode: str) -> Outcome:
         return np.stack(
             [
                 perturb(attack, linear, w, x, y, Linf(0.1), jax.random.key(0)).images
-                for attack in (APGD(steps=3), Square(3))
+                for attack in (APGD(steps=2), Square(1))
             ]
         )
 
