@@ -204,6 +204,18 @@ def _warn_of_large_radius(threat: Threat, shape: tuple[int, ...], stacklevel: in
         )
 
 
+def check_kind(threat: Any) -> None:
+    """Raise unless it is a threat model, with a radius, a box and a projection.
+
+    Raises:
+        InputError: something else, e.g. one of `ntk_awt.linear`, which has no box.
+    """
+    if not all(hasattr(threat, name) for name in ("epsilon", "bounds", "project")):
+        raise InputError(
+            "threat", expected="threats.Linf, L2 or StrongL2", got=type(threat).__name__
+        )
+
+
 def check_threat(threat: Threat, x: np.ndarray) -> None:
     """Refuse a radius that is none; warn, in one line, of one that does not fit the images.
 

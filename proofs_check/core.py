@@ -160,14 +160,19 @@ def below(name: str, actual: Any, bound: Any, *, slack: float = 1e-9) -> Case:
 
     Args:
         name: of the case.
-        actual, bound: numbers or arrays ≥ 0 of one shape; at least one entry, all finite.
+        actual, bound: numbers or arrays ≥ 0 of one shape, or one that fits the other's last axes;
+            at least one entry, all finite.
         slack: for the rounding errors of both sides alone.
 
     Example:
         >>> below("twice", [1.0, 2.0], [2.0, 4.0]).holds, below("less", 1.0, 0.9).holds
         (True, False)
     """
-    actual, bound = np.broadcast_arrays(np.asarray(actual, float), np.asarray(bound, float))
+    actual, bound = np.asarray(actual, float), np.asarray(bound, float)
+    shape = np.broadcast_shapes(actual.shape, bound.shape)
+    if shape not in (actual.shape, bound.shape) or 0 in shape:
+        raise ValueError(f"{name}: shapes {actual.shape} and {bound.shape}")
+    actual, bound = np.broadcast_arrays(actual, bound)
     scale = np.maximum(np.abs(bound), np.finfo(float).tiny)
     margins = (bound * (1 + slack) - actual) / scale
     positive = actual > 0
@@ -186,16 +191,18 @@ def close(name: str, found: Any, expected: Any, *, tolerance: float) -> Case:
 
     Args:
         name: of the case.
-        found, expected: numbers or arrays of one shape.
-        tolerance: relative.
+        found, expected: numbers or arrays of one shape; at least one entry.
+        tolerance: relative, positive and finite.
 
     Example:
         >>> close("same", [1.0, 2.0], [1.0, 2.0], tolerance=1e-12).margin
         1.0
     """
     found, expected = np.asarray(found, float), np.asarray(expected, float)
-    if found.shape != expected.shape:
+    if found.shape != expected.shape or not found.size:
         raise ValueError(f"{name}: shapes {found.shape} and {expected.shape}")
+    if not 0 < tolerance < np.inf:
+        raise ValueError(f"{name}: a tolerance of {tolerance}")
     scale = max(float(np.linalg.norm(expected)), np.finfo(float).tiny)
     error = float(np.linalg.norm(found - expected)) / scale
     margin = 1 - error / tolerance if np.isfinite(error) else -np.inf
@@ -259,8 +266,12 @@ def slope(name: str, sizes: Any, values: Any, *, low: float, high: float) -> Cas
 
 
 def rejects(name: str, case: Case) -> Control:
-    """A control: the statement's rule, applied to a broken instance, must say no."""
-    return Control(name, not case.holds, f"{case.name}: {case.measured}")
+    """A control: the statement's rule, applied to a broken instance, must say no.
+
+    By finite numbers: where one is missing nothing has been shown.
+    """
+    rejected = not case.holds and np.isfinite(case.margin)
+    return Control(name, bool(rejected), f"{case.name}: {case.measured}")
 
 
 def refuses(name: str, call: Callable[[], Any]) -> Control:

@@ -59,9 +59,12 @@ class Result:
 
     @property
     def holds(self) -> bool:
-        """Every case holds and every control is rejected; there is at least one of each."""
+        """Every case holds and every control is rejected; there is at least one of each.
+
+        A margin that is no number is none.
+        """
         cases, controls = self.outcome.cases, self.outcome.controls
-        sound = bool(cases) and bool(controls)
+        sound = bool(cases) and bool(controls) and all(c.margin >= 0 for c in cases)
         return sound and all(c.holds for c in cases) and all(c.rejected for c in controls)
 
     @property

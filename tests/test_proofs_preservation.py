@@ -76,7 +76,7 @@ def test_a_missing_mean_is_caught(name: str, plant: Callable[..., None]):
 
 
 def test_a_missing_mean_in_the_prior_bound_is_caught(plant: Callable[..., None]):
-    plant(preservation, "kernel_distance", lambda a, b: preservation.jnp.linalg.norm(a - b))
+    plant(preservation, "_distance", lambda a, b: preservation.jnp.linalg.norm(a - b))
     assert any("(a)" in line and "library" in line for line in failing("P3"))
 
 

@@ -16,7 +16,7 @@ import optax
 
 from ntk_awt.errors import InputError, check_finite, check_images, check_labels
 from ntk_awt.network import check_network
-from ntk_awt.threats import Threat, check_threat
+from ntk_awt.threats import Threat, check_kind, check_threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
 
 LossFn: TypeAlias = Callable[[Images], PerExample]
@@ -177,6 +177,7 @@ def check_examples(
     Raises:
         InputError: what is wrong, see `perturb` and `network.check_network`.
     """
+    check_kind(threat)
     check_images("images", x, threat.bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")

@@ -358,4 +358,11 @@ def sufficient_width(
     if smallest_eigenvalue > 0:
         needed = rates[1].pair * residual + rates[1].dense * left
         roots.append(n_points * needed / (smallest_eigenvalue * left))
+    if not min(roots) < 1e150:
+        raise InputError(
+            "width",
+            expected="one that a computer can hold",
+            got=f"the square of {min(roots):g}",
+            fix="raise the tolerance or the density, or shorten the horizon",
+        )
     return max(1, math.ceil(min(roots) ** 2))

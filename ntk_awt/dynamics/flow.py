@@ -86,7 +86,8 @@ def loss_gradient(loss: str, logits: Logits, targets: Logits) -> Logits:
         g [n, c].
 
     Raises:
-        InputError: unknown loss, targets of another shape, complex numbers.
+        InputError: unknown loss, logits that are not [n, c], targets of another shape, complex
+            numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,6 +97,8 @@ def loss_gradient(loss: str, logits: Logits, targets: Logits) -> Logits:
     """
     choose("loss", loss, LOSS_GRADIENTS)
     logits, targets = floats(logits=logits, targets=targets)
+    if logits.ndim != 2:
+        raise InputError("logits", expected="axes [n, c]", got=f"shape {logits.shape}")
     _check_shape("targets", targets, logits.shape)
     return LOSS_GRADIENTS[loss](logits, targets)
 
@@ -244,7 +247,10 @@ def _check_kernel(what: str, kernel: Any, sizes: tuple[int, ...], *, like: Any =
 
 def check_times(times: Any, step: float | None, *, endless: bool = False) -> np.ndarray:
     """The times as a float64 array, checked; with `endless`, ∞ is one."""
-    moments = np.asarray(times, np.float64)
+    try:
+        moments = np.asarray(times, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError("times", expected="a list of numbers", got=f"{times}") from error
     if moments.ndim != 1:
         raise InputError("times", expected="a list of numbers", got=f"shape {moments.shape}")
     good = (np.isfinite(moments) | (endless & np.isinf(moments))) & (moments >= 0)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from ntk_awt.attacks import PGD, example_keys
 from ntk_awt.dynamics import flow
 from ntk_awt.errors import InputError, check_count, check_finite, check_images, check_number
-from ntk_awt.threats import Threat
+from ntk_awt.threats import Threat, check_kind, check_threat
 from ntk_awt.types import Images, Key, Logits
 
 KernelFn: TypeAlias = Callable[..., Any]
@@ -173,11 +173,13 @@ def adversarial_training(
         [[0.4 0.1]
          [0.1 0.4]]
     """
-    check_number("epsilon", float(threat.epsilon), low=0)
+    check_kind(threat)
+    if not hasattr(attack, "run"):
+        raise InputError("attack", expected="PGD or the like", got=type(attack).__name__)
     check_images("images", x, threat.bounds)
     check_count("phases", phases, low=1)
     check_number("phase_time", phase_time, low=0, low_open=True)
-    if np.ndim(y) != 2 or len(y) != len(x) or len(x) == 0:
+    if np.ndim(y) != 2 or len(y) != len(x) or not np.size(y):
         raise InputError(
             "targets",
             expected=f"an array [{len(x)}, c] for at least one image",
@@ -185,6 +187,7 @@ def adversarial_training(
         )
     check_finite("targets", y)
     images, targets = flow.floats(images=x, targets=y)
+    check_threat(threat, np.asarray(images))
     training, spectra = _train(
         images, targets, threat, key, phase_time, kernel_fn, attack, initial, int(phases)
     )
@@ -238,7 +241,7 @@ def predict(
         >>> predict(linear, training, jnp.array([[1.0, 3.0]]))[:, 0, 0].tolist()
         [0.0, 2.0]
     """
-    shape = training.points.shape[2:]
+    z, shape = jnp.asarray(z), training.points.shape[2:]
     if z.shape[1:] != shape:
         expected = f"points [m, {', '.join(map(str, shape))}]"
         raise InputError("z", expected=expected, got=f"shape {z.shape}")

@@ -155,7 +155,7 @@ def _with_gap(first: _Box, second: _Box, gap: Callable[[], _Box]) -> _Pair:
 
 
 def _evaluate(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    return evaluate(Step(eqn, (), ()), values)
+    return evaluate(Step(eqn, tuple(range(len(values))), ()), values)
 
 
 def _apply(eqn: Any, values: Sequence[Any], output: int = 0) -> Any:
@@ -1030,7 +1030,7 @@ def _lengths(gap: Bounds) -> PerExample:
 def _losses(logits: Bounds, y: Labels) -> Bounds:
     """Bounds [n] of the cross-entropy: it grows with each logit but that of the label."""
     classes = logits.lower.shape[1]
-    own = jnp.arange(classes) == y[:, None]
+    own = jnp.arange(classes)[None] == y[:, None]
 
     def loss(own_logits: Array, others: Array) -> Array:
         values = jnp.where(own, own_logits, others)
@@ -1209,9 +1209,10 @@ def robustness_gap_bound(
         0.2
     """
     choose("loss", loss, LIPSCHITZ)
-    classes = jax.eval_shape(apply, params_a, x).shape[-1]
+    gap = gap_bounds(apply, params_a, params_b, x, threat)
+    classes = gap.lower.shape[1]
     if loss == "logistic" and classes != 1:
         raise InputError("logits", expected="one for the logistic loss", got=f"{classes}")
-    lengths = sup_gap(apply, params_a, params_b, x, threat)
+    lengths = _lengths(gap)
     rounding = 1 + (len(lengths) + 4) * jnp.finfo(lengths.dtype).eps
     return LIPSCHITZ[loss] * jnp.mean(lengths) * rounding

@@ -29,7 +29,7 @@ from ntk_awt.dynamics.flow import (
     output_change,
     unit_roundoff,
 )
-from ntk_awt.errors import InputError, check_finite, check_number, choose
+from ntk_awt.errors import InputError, check_finite, check_labels, check_number, choose
 from ntk_awt.kernels import empirical, flatten, target_distance
 from ntk_awt.masks import Ticket, effective, masked
 from ntk_awt.threats import Threat
@@ -183,7 +183,8 @@ def trajectory(
         `Trajectory`; its kernels take T·m·n·c² numbers.
 
     Raises:
-        InputError: an unknown loss, a number of steps or labels that does not fit.
+        InputError: an unknown loss, a number of steps that does not fit, labels that are no
+            classes, points that are not finite.
 
     Source: theory P1.
 
@@ -205,8 +206,9 @@ def trajectory(
             expected=f"{len(x) + 1} values of each parameter, for points of {len(x)} steps",
             got=f"{steps + 1}",
         )
-    if len(y) != x.shape[1]:
-        raise InputError("labels", expected=f"shape ({x.shape[1]},)", got=f"shape {np.shape(y)}")
+    check_finite("trajectory", {"x": x, "z": z})
+    logits = jax.eval_shape(apply, jax.tree.map(lambda leaf: leaf[0], path.params), x[0])
+    check_labels("labels", y, x.shape[1], logits.shape[1])
     found = _trajectory(path, jnp.asarray(x), jnp.asarray(y), z, apply, loss)
     return Trajectory(z, x, *found)
 
@@ -404,6 +406,11 @@ def _check_step(problem: _Problem, step: float) -> None:
             )
 
 
+def _distance(dense: jax.Array, sparse: jax.Array) -> jax.Array:
+    """‖Θ^d − Θ^s‖_F/N, of k for Θ = k ⊗ I: N times that is no less than the operator norm."""
+    return jnp.linalg.norm(flatten(dense - sparse)) / len(dense)
+
+
 def prior_bound(
     dense: Frozen,
     sparse: Frozen,
@@ -453,7 +460,7 @@ def prior_bound(
     reach = np.minimum(
         moments * (1 if step is None else step), n / smallest if smallest else np.inf
     )
-    alpha = jnp.linalg.norm(flatten(problem.kernels[0] - problem.kernels[1])) / n
+    alpha = _distance(*problem.kernels)
     beta = target_distance(*problem.outputs)
     residual = target_distance(problem.outputs[0], problem.targets)
     return (float(beta) + reach * float(alpha * residual)).astype(problem.targets.dtype)

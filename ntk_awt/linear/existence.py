@@ -17,9 +17,11 @@ from ntk_awt.linear.sets import (
     PixelThreat,
     Strong,
     Threat,
+    gaussians,
     has_projection,
     maximiser,
     nearest,
+    numbers,
     p_norm,
     reach,
     single,
@@ -215,7 +217,7 @@ def best_classifier(
     """
     threat = single(threat)
     check_count("starts", starts, low=0)
-    first, second = problem.covariances
+    first, second = gaussians(problem).covariances
     for matrix in (first, second):
         if np.linalg.eigvalsh(matrix)[0] <= 1e-12 * np.abs(matrix).max():
             raise InputError(
@@ -330,11 +332,16 @@ def phase_diagram(
         >>> print(found.phase, found.strong.round(4))  # Φ(0.5 − 2)
         [[2 1]] [[0.0668 0.0668]]
     """
-    half = (problem.means[1] - problem.means[0]) / 2
+    means = gaussians(problem).means
+    half = (means[1] - means[0]) / 2
     unit = float(np.linalg.norm(half))
     if not unit:
         raise InputError("means", expected="two different ones", got="equal ones")
-    epsilon, delta = (np.atleast_1d(np.asarray(a, np.float64)) for a in (epsilon, delta))
+    given = {"epsilon": epsilon, "delta": delta}
+    epsilon, delta = (np.atleast_1d(numbers(name, value)) for name, value in given.items())
+    for name, array in (("epsilon", epsilon), ("delta", delta)):
+        if array.ndim != 1 or not array.size:
+            raise InputError(name, expected="a list of numbers", got=f"shape {array.shape}")
     cells = 0
 
     def best(threat: Threat) -> float:

@@ -1,5 +1,6 @@
 """L4, L5: trained SVMs against the formulas, on Gaussian classes and on real data."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,6 +102,16 @@ def _svm_row(case: SvmCase, seed: int, samples: int) -> dict[str, Any]:
     return row
 
 
+def _tasks(cases: Iterable[SvmCase], seeds: Iterable[int]) -> list[tuple[SvmCase, int]]:
+    """Each case with each seed; raise if one is something else."""
+    tasks = list(itertools.product(cases, seeds))
+    for case, seed in tasks:
+        if not isinstance(case, SvmCase):
+            raise InputError("cases", expected="linear.SvmCase", got=type(case).__name__)
+        check_count("seeds", seed, low=0)
+    return tasks
+
+
 def svm_experiment(
     cases: Iterable[SvmCase],
     seeds: Iterable[int],
@@ -134,7 +145,7 @@ def svm_experiment(
         True
     """
     check_count("samples", samples, low=1)
-    tasks = [(case, seed) for case in cases for seed in seeds]
+    tasks = _tasks(cases, seeds)
     return in_parallel(_svm_row, [(*task, samples) for task in tasks], n_jobs, on_row)
 
 
@@ -142,6 +153,8 @@ def in_parallel(
     f: Callable[..., Any], tasks: Sequence[tuple], n_jobs: int, on_done: Callable[[int], None]
 ) -> list[Any]:
     """f(*task) for every task, in order; `on_done` is called with the number of those done."""
+    if n_jobs < 1 and n_jobs != -1:
+        raise InputError("n_jobs", expected="1 or more, or -1", got=f"{n_jobs}")
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
     results = []
     for result in parallel(joblib.delayed(f)(*task) for task in tasks):
@@ -221,7 +234,7 @@ def knowledge_experiment(
         >>> errors["signal"] < 0.1 < 0.3 < errors["plain"]
         True
     """
-    tasks = [(case, seed, penalty, methods) for case in cases for seed in seeds]
+    tasks = [(*task, penalty, methods) for task in _tasks(cases, seeds)]
     found = in_parallel(_knowledge_rows, tasks, n_jobs, on_case)
     return [row for rows in found for row in rows]
 

@@ -18,6 +18,7 @@ from ntk_awt.linear.sets import (
     check_signs,
     classifier_of,
     fitting,
+    gaussians,
     maximiser,
     parts,
     reach,
@@ -140,7 +141,7 @@ def _gaussian_below(gap: Array, scale: Array) -> tuple[Array, Array]:
 
 def _fitting(classifier: Any, problem: Gaussians) -> LinearClassifier:
     """The classifier; raise unless it has the dimension of the classes."""
-    model, d = classifier_of(classifier), problem.means.shape[1]
+    model, d = classifier_of(classifier), gaussians(problem).means.shape[1]
     if len(model.w) != d:
         raise InputError("classifier w", expected=f"{d} entries", got=f"{len(model.w)}")
     return model
@@ -223,6 +224,9 @@ def simulate(
         True
     """
     check_count("points", n, low=1)
+    if not isinstance(rng, np.random.Generator):
+        expected = "a NumPy generator, e.g. np.random.default_rng(0)"
+        raise InputError("rng", expected=expected, got=type(rng).__name__)
     model, d, threat = _fitting(classifier, problem), problem.means.shape[1], single(threat)
     positive = rng.binomial(n, problem.priors[1])
     clean = robust = 0

@@ -43,7 +43,10 @@ def classes(labels: Any, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         labels: whole numbers, bools or names.
         n: how many there have to be.
     """
-    values = np.asarray(labels)
+    try:
+        values = np.asarray(labels)
+    except ValueError as error:
+        raise InputError("labels", expected="shape [n]", got="lists of lists") from error
     if values.ndim != 1 or (n is not None and len(values) != n):
         wanted = "[n]" if n is None else f"({n},)"
         raise InputError("labels", expected=f"shape {wanted}", got=f"shape {values.shape}")
@@ -83,12 +86,20 @@ def check_signs(y: Any, n: int | None = None) -> Array:
     return values.astype(np.float64)
 
 
+def numbers(what: str, value: Any) -> Array:
+    """Real numbers as float64; raise if they are something else."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(what, expected="an array of numbers", got="lists of lists") from error
+    if array.dtype.kind not in "biuf":
+        raise InputError(what, expected="real numbers", got=f"dtype {array.dtype}")
+    return array.astype(np.float64)
+
+
 def points_of(x: Any, d: int | None = None) -> Array:
     """Points [n, d] as float64; raise unless they are finite, and of d entries each."""
-    try:
-        points = np.asarray(x, np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError("points", expected="real numbers", got=type(x).__name__) from error
+    points = numbers("points", x)
     if points.ndim != 2 or (d is not None and points.shape[1] != d):
         wanted = "d" if d is None else d
         raise InputError("points", expected=f"shape [n, {wanted}]", got=f"shape {points.shape}")
@@ -125,7 +136,7 @@ class LinearClassifier:
     b: Any = 0.0
 
     def __post_init__(self):
-        w, b = np.asarray(self.w, np.float64), np.asarray(self.b, np.float64)
+        w, b = numbers("classifier w", self.w), numbers("classifier b", self.b)
         if w.ndim != 1 or b.ndim != 0:
             raise InputError(
                 "classifier", expected="w [d] and a number b", got=f"shapes {w.shape}, {b.shape}"
@@ -195,18 +206,18 @@ class Gaussians:
     priors: Any = (0.5, 0.5)
 
     def __post_init__(self):
-        means = np.asarray(self.means, np.float64)
+        means = numbers("means", self.means)
         if means.ndim != 2 or len(means) != 2 or not means.size:
             raise InputError("means", expected="shape [2, d], d ≥ 1", got=f"shape {means.shape}")
         d = means.shape[1]
-        given = np.asarray(self.covariances, np.float64)
+        given = numbers("covariances", self.covariances)
         if given.shape not in ((), (d, d), (2, d, d)):
             raise InputError(
                 "covariances",
                 expected=f"a number or shape {(d, d)} or {(2, d, d)}",
                 got=f"shape {given.shape}",
             )
-        priors = np.asarray(self.priors, np.float64)
+        priors = numbers("priors", self.priors)
         check_finite("classes", {"means": means, "covariances": given, "priors": priors})
         if priors.shape != (2,) or np.any(priors <= 0) or abs(priors.sum() - 1) > 1e-12:
             raise InputError(
@@ -227,6 +238,13 @@ class Gaussians:
         object.__setattr__(self, "priors", priors)
 
 
+def gaussians(problem: Any) -> Gaussians:
+    """The classes; raise if they are none."""
+    if not isinstance(problem, Gaussians):
+        raise InputError("classes", expected="linear.Gaussians", got=type(problem).__name__)
+    return problem
+
+
 def symmetric(mean: Any, covariance: Any = 1.0, prior: float = 0.5) -> Gaussians:
     """Classes N(yμ, Σ) with π_{+1} = `prior`.
 
@@ -235,7 +253,7 @@ def symmetric(mean: Any, covariance: Any = 1.0, prior: float = 0.5) -> Gaussians
         array([[-1., -2.],
                [ 1.,  2.]])
     """
-    mean = np.asarray(mean, np.float64)
+    mean = numbers("mean", mean)
     return Gaussians(np.stack([-mean, mean]), covariance, (1 - prior, prior))
 
 
@@ -253,7 +271,7 @@ class Ball:
 
     def __post_init__(self):
         object.__setattr__(self, "epsilon", _limits("epsilon", self.epsilon))
-        if not self.p >= 1:
+        if not (isinstance(self.p, int | float | np.number) and self.p >= 1):
             raise InputError("p", expected="a number in [1, ∞]", got=f"{self.p}")
 
 
@@ -274,7 +292,7 @@ class Strong:
     basis: Any
 
     def __post_init__(self):
-        basis = np.asarray(self.basis, np.float64)
+        basis = numbers("basis", self.basis)
         object.__setattr__(self, "epsilon", _limits("epsilon", self.epsilon))
         object.__setattr__(self, "delta", _limits("delta", self.delta))
         object.__setattr__(self, "basis", orthonormal(basis[:, None] if basis.ndim == 1 else basis))
@@ -328,7 +346,7 @@ def strong_of(threat: Any) -> Strong:
 
 
 def _limits(what: str, value: Any) -> Array:
-    array = np.asarray(value, np.float64)
+    array = numbers(what, value)
     check_finite(what, array)
     if np.any(array < 0):
         raise InputError(what, expected="numbers in [0, ∞)", got=f"{array.min():g}")
@@ -367,6 +385,8 @@ def dual(p: float) -> float:
         >>> dual(1), dual(2), dual(np.inf)
         (inf, 2.0, 1.0)
     """
+    if not p >= 1:
+        raise InputError("p", expected="a number in [1, ∞]", got=f"{p}")
     if p == 1:
         return np.inf
     return 1.0 if np.isinf(p) else p / (p - 1)
@@ -398,7 +418,10 @@ def reach(w: Any, threat: Threat | PixelThreat) -> Array:
         >>> float(reach([3.0, 4.0], Strong(5.0, 0.0, [1.0, 0.0])))
         20.0
     """
-    w, threat = np.asarray(w, np.float64), threat_of(threat)
+    w, threat = numbers("w", w), threat_of(threat)
+    if w.ndim != 1 or not w.size:
+        raise InputError("w", expected="shape [d], d ≥ 1", got=f"shape {w.shape}")
+    check_finite("w", w)
     if isinstance(threat, Ball):
         return threat.epsilon * p_norm(w, dual(threat.p))
     inside, across = parts(w, fitting(threat, w))

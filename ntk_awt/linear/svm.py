@@ -16,6 +16,7 @@ from ntk_awt.linear.sets import (
     Threat,
     classes,
     classifier_of,
+    fitting,
     has_projection,
     nearest,
     points_of,
@@ -153,6 +154,8 @@ def robust_svm(x: Any, y: Any, threat: Threat | PixelThreat, *, c: float = 1.0) 
     if not has_projection(threat):
         raise InputError("p", expected="1, 2 or ∞ for a robust SVM", got="another one")
     points, sides = _examples(x, y)
+    if isinstance(threat, Strong):
+        fitting(threat, points[0])
     points = sides[:, None] * points
     n = len(points)
 
@@ -250,6 +253,8 @@ def knowing_svms(
         "penalised": lambda: penalised_svm(x, y, threat.basis, penalty=penalty, c=c, loss=loss),
         "robust": lambda: robust_svm(x, y, threat, c=c),
     }
+    if not methods:
+        raise InputError("methods", expected="one method or more", got="none")
     for method in methods:
         choose("method", method, train)
     return {method: train[method]() for method in methods}

@@ -11,12 +11,14 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
-from ntk_awt import linear, threats
+from ntk_awt import linear, masks, threats
 from ntk_awt.attacks import PGD
 from ntk_awt.config import ModelConfig
-from ntk_awt.dynamics import flow, infinite, intervals, preservation
+from ntk_awt.dynamics import existence, flow, infinite, intervals, preservation
 from ntk_awt.kernels import analytic
+from ntk_awt.masks import Ticket
 from ntk_awt.threats import Linf
+from proofs_check import core, verification
 from tests.situations import Outcome, near, refused, same, situation, warned
 
 # Any: NumPy's arrays are taken as well.
@@ -446,3 +448,121 @@ def _() -> Outcome:
     x = np.zeros((1, 1), np.float32)
     text = "from float32 to float16"
     return refused(lambda: _bounded(lambda z: z.astype(jnp.float16), x, [1.0]).lower, text)
+
+
+# ---------------------------------------------------------------- inputs of another kind
+
+
+def _path() -> Ticket:
+    """Two values of a weight [1, 2]."""
+    w = jnp.array([[[1.0, 0.0]], [[0.9, 0.1]]])
+    return Ticket(w, masks.ones(w[0]), masks.unit_gain(w[0]))
+
+
+def _product(w: Any, x: Any) -> Any:
+    return x @ w
+
+
+def _followed_with(y: Any, value: float = 1.0) -> Any:
+    x: Any = jnp.full((1, 1, 1), value)
+    return preservation.trajectory(_product, _path(), x, np.array(y), x[0]).outputs
+
+
+def _trained_with(**change: Any) -> Any:
+    given = {"x": jnp.eye(2), "y": jnp.ones((2, 1)), "threat": threats.Linf(0.0),
+             "attack": PGD(steps=1, random_start=False)}  # fmt: skip
+    return train(
+        _linear_kernel, key=jax.random.key(0), phases=1, phase_time=1.0, **given | change
+    ).outputs
+
+
+def _attacked_by(threat: Any) -> Any:
+    attack = PGD(random_start=False)
+    x, y = np.ones((1, 1), np.float32), np.zeros(1, int)
+    return preservation.attacked_path(_product, _path(), x, y, threat=threat, attack=attack)
+
+
+_loose: Any = linear
+INPUTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "trajectory of a label that is no class": (lambda: _followed_with([7]), "labels in 0…1"),
+    "trajectory of labels of halves": (lambda: _followed_with([0.5]), "integer labels"),
+    "trajectory of points of NaN": (lambda: _followed_with([0], np.nan), "x: expected finite"),
+    "infinitely wide training, no output": (
+        lambda: _trained_with(y=jnp.ones((2, 0))), "targets: expected an array [2, c]",
+    ),
+    "infinitely wide training, a threat of linear": (
+        lambda: _trained_with(threat=linear.Ball(0.1)), "threats.Linf, L2 or StrongL2, got Ball",
+    ),
+    "infinitely wide training, no attack": (lambda: _trained_with(attack=3), "attack: expected"),
+    "attacked path, a threat of linear": (lambda: _attacked_by(linear.Ball(0.1)), "got Ball"),
+    "loss gradient of one image without its axis": (
+        lambda: flow.loss_gradient("cross-entropy", jnp.zeros(2), jnp.zeros(2)), "axes [n, c]",
+    ),
+    "frozen flow, times that are words": (
+        lambda: frozen(np.eye(1), np.ones((1, 1)), np.ones((1, 1)), ["a"]), "times: expected",
+    ),
+    "width that no computer holds": (
+        lambda: existence.sufficient_width(1e-300, 1.0, 0.1, 0.5, 3, radius2=1.0, residual=1.0),
+        "width: expected",
+    ),
+    "dual of p < 1": (lambda: linear.dual(0.5), "p: expected"),
+    "reach of NaN": (lambda: linear.reach([np.nan], linear.Ball(1.0)), "w: expected finite"),
+    "reach of a matrix": (lambda: linear.reach([[1.0, 2.0]], linear.Ball(1.0)), "shape (1, 2)"),
+    "rates of no classes": (lambda: _loose.rates(MODEL, 3, linear.Ball(1.0)), "linear.Gaussians"),
+    "a classifier of words": (lambda: linear.LinearClassifier(["a"]).w, "real numbers"),
+    "a ball whose p is a word": (lambda: _loose.Ball(1.0, "2").epsilon, "p: expected"),
+    "robust SVM, a signal of another dimension": (
+        lambda: linear.robust_svm(POINTS, [0, 1, 1], linear.Strong(1.0, 1.0, [1.0, 0.0, 0.0])).w,
+        "basis: expected 2 rows",
+    ),
+    "SVMs of no method": (
+        lambda: linear.knowing_svms(POINTS, [0, 1, 1], linear.Strong(1, 1, [1.0, 0.0]), methods=[]),
+        "methods: expected",
+    ),
+    "a phase diagram of no radius": (
+        lambda: linear.phase_diagram(CLASSES, [], [0.1]).phase, "epsilon: expected a list",
+    ),
+    "an experiment of no case": (lambda: _loose.svm_experiment([3], [0]), "linear.SvmCase"),
+}  # fmt: skip
+
+for _name, (_bad, _text) in INPUTS.items():
+    situation(f"theory: {_name}")(_refused_number(_bad, _text))
+
+
+# ---------------------------------------------------------------- judges of statements
+
+
+def _raises(call: Callable[[], Any], *words: str) -> Outcome:
+    """A check that has nothing to judge is a mistake in it: a `ValueError`, never a yes."""
+    try:
+        return same(call(), f"ValueError: {words}")
+    except ValueError as error:
+        return same([word for word in words if word not in str(error)], [])
+
+
+@situation("theory: two empty computations do not agree")
+def _() -> Outcome:
+    return _raises(lambda: core.close("none", [], [], tolerance=1e-9).holds, "none: shapes")
+
+
+@situation("theory: an infinite tolerance is none")
+def _() -> Outcome:
+    return _raises(lambda: core.close("any", 1.0, 2.0, tolerance=np.inf).holds, "tolerance")
+
+
+@situation("theory: a bound is not set against each value of another axis")
+def _() -> Outcome:
+    actual, bound = np.ones(3), np.array([[1.0], [2.0], [3.0]])
+    return _raises(lambda: core.below("crossed", actual, bound).holds, "shapes (3,) and (3, 1)")
+
+
+@situation("theory: a control of NaN has not been rejected")
+def _() -> Outcome:
+    return same(core.rejects("lost", core.below("lost", np.nan, 1.0)).rejected, False)
+
+
+@situation("theory: a case with a margin of NaN does not hold")
+def _() -> Outcome:
+    case = core.Case("lost", True, np.nan, None, "nothing")
+    outcome = core.Outcome([case], [core.Control("wrong", True, "seen")])
+    return same(verification.Result(verification.load("L1"), outcome, 0.0).holds, False)
