@@ -414,8 +414,9 @@ def test_every_network_has_its_attacks_and_flags(finished):
     assert '<strong class="pass">' in page
 
 
-def test_the_order_of_attacks_does_not_change_the_worst_case(finished, tmp_path):
+def test_the_order_of_attacks_does_not_change_the_worst_case(finished, tmp_path, monkeypatch):
     """Each alone on all images, image by image; in turn, each only on what is left."""
+    monkeypatch.setattr(assessment.hygiene, "check", lambda *arguments, **options: None)
     root = tmp_path / "run"
     shutil.copytree(finished.paths.root, root)
     run = experiment.Run(CONFIG, root)

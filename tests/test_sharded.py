@@ -28,7 +28,7 @@ from tests.compiled import branch
 SLOW = ("test_gradient_sums_over_the_devices mlp-ticket",)
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 540
+PATIENCE = 1800
 """Seconds after which a process that hangs is ended."""
 
 IMAGE = (6, 6, 1)
