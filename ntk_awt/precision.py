@@ -25,8 +25,8 @@ def widened(tree: Any) -> Any:
         tree: a pytree of arrays, or of their shapes and dtypes (`jax.ShapeDtypeStruct`).
 
     Example:
-        >>> widened({"w": jnp.ones(2, jnp.float16), "n": 3})
-        {'w': Array([1., 1.], dtype=float32), 'n': 3}
+        >>> widened({"n": 3, "w": jnp.ones(2, jnp.float16)})
+        {'n': 3, 'w': Array([1., 1.], dtype=float32)}
     """
 
     def widen(leaf: Any) -> Any:
