@@ -46,7 +46,8 @@ def ticket() -> tuple[Any, Any, Any]:
 
 def forms(form: str) -> jax.Array:
     params, mask, gain = ticket()
-    x, names = normal(5, 3, 4), dict.fromkeys(("first", "last"), form)
+    x = normal(5, 3, 4)
+    names: dict[str, str] = dict.fromkeys(("first", "last"), form)
     memory = 400 if form == "jacobian" else 2**30  # in chunks
     plan = kernels.plan(mlp, params, x, mask=mask, forms=names, memory=memory)
     return kernels.empirical(mlp, params, x, mask=mask, gain=gain, plan=plan)

@@ -244,7 +244,8 @@ def _compute(
     # Accelerators may round the factors of a product to 10 bits unless told otherwise.
     with jax.default_matmul_precision("highest"):
         everything = (weights, factor, selection, x1, x2)
-        return _kernel(*along(everything, everything), apply, plan)
+        weights, factor, selection, x1, x2 = along(everything, everything)
+        return _kernel(weights, factor, selection, x1, x2, apply, plan)
 
 
 def _kernel(
