@@ -28,6 +28,7 @@ _MODULES = (
     "methods",
     "models",
     "plots",
+    "precision",
     "report",
     "robustness",
     "schedules",

@@ -26,7 +26,7 @@ def widened(tree: Any) -> Any:
 
     Example:
         >>> widened({"w": jnp.ones(2, jnp.float16), "n": 3})
-        {'w': Array([1., 1.], dtype=float32), 'n': 3}
+        {'n': 3, 'w': Array([1., 1.], dtype=float32)}
     """
 
     def widen(leaf: Any) -> Any:
