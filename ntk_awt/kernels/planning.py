@@ -374,7 +374,8 @@ def make(
 
     # What one image needs: activations while going backwards, then what its pairs need.
     windows = sum(layer.positions * layer.inputs for layer in sites if layer.form != "lookup")
-    steps = itemsize * ((s.q + 2) * traced.activations + windows + s.q * others)
+    forwards = itemsize * (2 * traced.activations + windows)
+    steps = itemsize * s.q * (traced.activations + others)
     sides = itemsize * (s.q * others + sum(_side_size(layer, s.q) for layer in sites))
     features = {
         "layerwise": sides,
@@ -406,7 +407,7 @@ def make(
             parts = sum(stop - start + n1 - first for start, stop, first in cuts)
             held = s.images + (parts if len(cuts) > 1 else 0)
         directions = itemsize * s.q * total if engine == "products" else 0
-        steps = min(images, tile) * backwards[engine]
+        steps = min(images, tile) * (forwards + backwards[engine])
         return int(directions + steps + tile * tile * pair + held * features[engine])
 
     if batch is None:  # where one image takes too much, smaller tiles would only take longer

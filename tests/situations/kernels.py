@@ -145,7 +145,7 @@ def _large() -> Outcome:
     with jax.enable_x64(True):
         right = np.asarray(kernel_fn(jnp.asarray(_double(images))).ntk)
     # Each of 16 layers takes √(q² − k²) of two rounded numbers: some 16·√(2·2⁻²⁴) near q = k.
-    return near(kernel_fn(images).ntk, right, relative=16 * 2.0**-11.5)
+    return near(_double(kernel_fn(images).ntk), right, relative=16 * 2.0**-11.5)
 
 
 for _activation in ("erf", "gelu"):
