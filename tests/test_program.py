@@ -246,7 +246,7 @@ def weight_in_a_branch(p, x):
     return jnp.tanh(jax.vmap(one)(x)) @ p["v"]
 
 
-@case({"e": (5, 4), "v": (4, 2)}, "v")
+@case({"e": (5, 4), "v": (4, 2)}, "e v")
 def embedding(p, x):
     index = (jnp.abs(x) * 3).astype(int) % 5
     return jnp.tanh(p["e"][index].mean(1)) @ p["v"]

@@ -8,8 +8,10 @@ multiply-adds, weighted by how far each kind falls short of a large matrix produ
 import itertools
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import cast
 
 import jax
@@ -93,6 +95,7 @@ class Plan:
         others: leaves that the layerwise engine treats by explicit Jacobian.
         costs: weighted multiply-adds of each engine.
         bytes: of the kernel, and of features and temporary arrays at the most.
+        memory: bytes that the latter should not exceed; they do where one image takes more.
     """
 
     engine: str
@@ -109,17 +112,30 @@ class Plan:
     others: tuple[str, ...]
     costs: tuple[tuple[str, float], ...] = field(compare=False)
     bytes: tuple[int, int] = field(compare=False)
+    memory: int = field(compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes once compiled, at the `rate` of this device's matrix products.
+
+        The weights of the multiply-adds are those of two CPU cores; other devices have others, so
+        that is the order of magnitude there.
+        """
+        return dict(self.costs)[self.engine] / rate()
 
     def __str__(self) -> str:
+        speed = f"{2 * rate() / 1e9:.3g} GFLOP/s, as measured on this {jax.default_backend()}"
         engines = ", ".join(f"{name} {cost:.3g}" for name, cost in self.costs)
         kernel = "masked kernel" if self.masked else "kernel"
         half = ", upper half only" if self.symmetric else ""
         lines = [
             f"{kernel} {list(self.shape)}, outputs {self.outputs}{half}: {size(self.bytes[0])}",
-            f"engine {self.engine} (weighted multiply-adds: {engines})",
+            f"engine {self.engine}, about {self.seconds:.2g} s at {speed} (weighted multiply-adds: "
+            f"{engines})",
             f"tiles of {self.tile} images, {self.images} at a time backwards, features "
             f"{'kept' if self.stored else 'computed again for each pair of tiles'}: "
-            f"about {size(self.bytes[1])}",
+            f"at most {size(self.bytes[1])}"
+            + (f", above the {size(self.memory)} asked for" if self.bytes[1] > self.memory else ""),
         ]
         if self.engine == "layerwise":
             rows: list[tuple[str, ...]] = [
@@ -140,6 +156,24 @@ class Plan:
             if self.others:
                 lines.append("by explicit Jacobian: " + ", ".join(self.others))
         return "\n".join(lines)
+
+
+@cache
+def rate() -> float:
+    """Multiply-adds a second of a matrix product [512, 512] × [512, 512] in float32, measured once.
+
+    The best of three on the default device; it takes some milliseconds and its compilation.
+    """
+    matrix = np.ones((512, 512), np.float32)
+    with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
+        product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+        factor = jax.device_put(matrix)
+        seconds = []
+        for _ in range(4):  # the first one also moves the program to the device
+            start = time.perf_counter()
+            jax.block_until_ready(product(factor, factor))
+            seconds.append(time.perf_counter() - start)
+    return 512**3 / min(seconds[1:])
 
 
 def size(count: float) -> str:
@@ -304,6 +338,9 @@ def make(
     q = 1 if isinstance(outputs, int) else classes
     shape = (n1, n2, *{"full": (q, q), "diagonal": (q,)}.get(str(outputs), ()))
     itemsize = common_dtype(*jax.tree.leaves(params)).itemsize
+    whole = itemsize * math.prod(shape)
+    _check_fits(f"kernel {list(shape)}", whole, 2, outputs)
+    memory = min(memory, free_memory() - whole)
     s = _Sizes(n1, n2, q, outputs, symmetric)
 
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -331,16 +368,20 @@ def make(
         "contraction": 2 * backward
         + s.images * s.q * (total + (_GATHER * kept if kept < total else 0))
         + s.pairs * s.per_pair * kept,
-        "products": (n2 * (1 + s.q) + n_products * s.q) * _NETWORK * passes,
+        # Its directions are as large as θ, also where a pass meets few rows of a table.
+        "products": (n2 * (1 + s.q) + n_products * s.q) * _NETWORK * passes
+        + 2 * n2 * s.q * max(total - passes, 0),
     }
 
     # What one image needs: activations while going backwards, then what its pairs need.
+    windows = sum(layer.positions * layer.inputs for layer in sites if layer.form != "lookup")
+    forwards = itemsize * (2 * traced.activations + windows)
     steps = itemsize * s.q * (traced.activations + others)
     sides = itemsize * (s.q * others + sum(_side_size(layer, s.q) for layer in sites))
     features = {
         "layerwise": sides,
         "contraction": itemsize * s.q * kept,
-        "products": itemsize * math.prod(x1.shape[1:]),
+        "products": itemsize * (math.prod(x1.shape[1:]) + s.q * traced.activations),
     }
     if engine == "auto":
         fitting = [name for name in ENGINES if 2 * features[name] <= memory] or ["products"]
@@ -357,10 +398,27 @@ def make(
     tile = batch or _tile(max(n1, n2), features[engine], pair, memory)
     tile = min(tile, max(n1, n2))
     stored = features[engine] * s.images <= memory
-    scratch = min(images, tile) * backwards[engine] + tile * tile * pair
-    scratch += features[engine] * (s.images if stored else 2 * tile)
-    bytes_ = (itemsize * math.prod(shape), int(scratch))
-    _check_fits(bytes_[0], shape, outputs)
+    halves = symmetric and engine != "products"
+
+    def scratch(tile: int) -> int:
+        cuts = _cuts(min(tile, n1), halves, wide)
+        if tile < max(n1, n2):  # a pair of tiles, and one that is being made
+            held = 3 * tile + (s.images + tile if stored else 0)
+        else:  # blocks of rows are copies of parts of both sides
+            parts = sum(stop - start + n1 - first for start, stop, first in cuts)
+            held = s.images + (parts if len(cuts) > 1 else 0)
+        directions = itemsize * s.q * total if engine == "products" else 0
+        steps = min(images, tile) * (forwards + backwards[engine])
+        return int(directions + steps + tile * tile * pair + held * features[engine])
+
+    if batch is None:  # where one image takes too much, smaller tiles would only take longer
+        cuts = range(math.ceil(max(n1, n2) / tile), max(n1, n2) + 1)
+        tiles = [math.ceil(max(n1, n2) / count) for count in cuts]
+        tile = next((size for size in tiles if scratch(size) <= memory), tile)
+    even = tile >= max(n1, n2) or n1 % tile == n2 % tile == 0
+    padded = 0 if even else whole + itemsize * math.prod(shape[2:]) * tile * (n1 + n2 + tile)
+    bytes_ = (whole, scratch(tile) + padded)
+    _check_fits(f"temporary arrays of a kernel {list(shape)}", bytes_[1], 1, outputs)
     return Plan(
         engine=engine,
         outputs=outputs,
@@ -368,7 +426,7 @@ def make(
         symmetric=symmetric,
         masked=mask is not None,
         tile=tile,
-        cuts=_cuts(min(tile, n1), symmetric and engine != "products", wide),
+        cuts=_cuts(min(tile, n1), halves, wide),
         images=images,
         rows=max(1, min(tile, 2**27 // (itemsize * q * tile * 1024))) if wide else 1,
         stored=stored,
@@ -376,6 +434,7 @@ def make(
         others=tuple(names[i] for i in traced.others),
         costs=tuple(costs.items()),
         bytes=bytes_,
+        memory=int(memory),
     )
 
 
@@ -476,13 +535,14 @@ def _cuts(n: int, symmetric: bool, wide: bool) -> Cuts:
     return tuple((start, stop, start) for start, stop in itertools.pairwise(edges))
 
 
-def _check_fits(bytes_: int, shape: tuple[int, ...], outputs: str | int) -> None:
+def _check_fits(what: str, bytes_: int, copies: int, outputs: str | int) -> None:
     free = free_memory()
-    if 2 * bytes_ > free:
+    if copies * bytes_ > free:
+        part = "half of the" if copies == 2 else "the"
         smaller = "outputs='trace'" if outputs in ("full", "diagonal") else "fewer images"
         raise InputError(
-            f"kernel {list(shape)}",
-            expected=f"at most {size(free / 2)} (half of the free memory)",
+            what,
+            expected=f"at most {size(free / copies)} ({part} free memory)",
             got=size(bytes_),
             fix=f"use {smaller}, or estimate what you need with kernels.probes",
         )

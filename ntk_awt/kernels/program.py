@@ -205,11 +205,11 @@ def _is_view_step(step: Step, views: dict[int, View]) -> bool:
     return name == "div" and _number(inputs[1])
 
 
-def evaluate(step: Step, values: Sequence[Any], dtype: Any = None) -> list[Any]:
-    """The outputs of one step.
+def _operands(step: Step, values: Sequence[Any], dtype: Any = None) -> list[Any]:
+    """The operands of a step.
 
     Args:
-        step: what to evaluate.
+        step: whose they are.
         values: of its operands; where one is a literal, that takes their place.
         dtype: of the literals, where it is not that of the program.
     """
@@ -219,10 +219,14 @@ def evaluate(step: Step, values: Sequence[Any], dtype: Any = None) -> list[Any]:
         value = constant.value if dtype is None else np.asarray(constant.value, dtype)
         return along(value, others) if constant.varies else value
 
-    values = [
+    return [
         literal(i) if isinstance(i, Constant) else v
         for v, i in zip(values, step.inputs, strict=True)
     ]
+
+
+def evaluate(step: Step, values: Sequence[Any]) -> list[Any]:
+    """The outputs of one step."""
     primitive = step.eqn.primitive
     found = primitive.bind(*values, **primitive.get_bind_params(step.eqn.params))
     return list(found) if primitive.multiple_results else [found]
@@ -232,7 +236,7 @@ def apply_view(view: View, leaf: Any) -> Any:
     """The value that a view makes of its leaf: linear, one leaf entry for each entry."""
     value = leaf
     for step in view.steps:
-        (value,) = evaluate(step, [value] * len(step.inputs), dtype=value.dtype)
+        (value,) = evaluate(step, _operands(step, [value] * len(step.inputs), value.dtype))
     return value
 
 
@@ -434,6 +438,7 @@ def run(
     by_offsets = {site.step for site in program.sites} if jax.default_backend() == "cpu" else set()
     for position, step in enumerate(program.steps):
         inputs = [None if isinstance(i, Constant) else values[i] for i in step.inputs]
+        inputs = _operands(step, inputs)
         if position in by_offsets and step.eqn.primitive.name == "conv_general_dilated":
             found = [_convolve(step, *inputs)]
         else:

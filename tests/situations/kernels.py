@@ -145,7 +145,7 @@ def _large() -> Outcome:
     with jax.enable_x64(True):
         right = np.asarray(kernel_fn(jnp.asarray(_double(images))).ntk)
     # Each of 16 layers takes √(q² − k²) of two rounded numbers: some 16·√(2·2⁻²⁴) near q = k.
-    return near(kernel_fn(images).ntk, right, relative=16 * 2.0**-11.5)
+    return near(_double(kernel_fn(images).ntk), right, relative=16 * 2.0**-11.5)
 
 
 for _activation in ("erf", "gelu"):
@@ -213,3 +213,46 @@ def _cast() -> Outcome:
 
     found = kernels.plan(apply, *_half(jnp.float32))
     return same((found.engine, found.others), ("layerwise", ()))
+
+
+def _sentences(params: Any, ids: Any) -> jax.Array:
+    return params["table"][ids].mean(1) @ params["last"]
+
+
+def _table(rows: int) -> tuple[Any, jax.Array]:
+    ids = np.random.default_rng(0).integers(0, rows, (32, 16))
+    last = jnp.asarray(_normal(0, 64, 10), jnp.float32)
+    table = jnp.asarray(_normal(1, rows, 64), jnp.float32)
+    return {"table": table, "last": last}, jnp.asarray(ids, jnp.int32)
+
+
+@situation("kernels: a table of 20,000 rows, 32 sentences of 16")
+def _embedding() -> Outcome:
+    """Θ = 1/16² · (number of equal pairs)·⟨v_q, v_r⟩ + ⟨mean row, mean row⟩·1[q = r]."""
+    params, ids = _table(20_000)
+    w, v = _double(params["table"]), _double(params["last"])
+    equal = (np.asarray(ids)[:, None, :, None] == np.asarray(ids)[None, :, None, :]).sum((2, 3))
+    means = w[np.asarray(ids)].mean(1)
+    right = np.einsum("nm,qr->nmqr", equal / 256, v.T @ v)
+    right += np.einsum("nm,qr->nmqr", means @ means.T, np.eye(10))
+    return near(kernels.empirical(_sentences, params, ids), right, relative=1e-5)
+
+
+@situation("kernels: memory of a table of 20,000 rows within the budget")
+def _memory() -> Outcome:
+    params, ids = _table(20_000)
+    plan = kernels.plan(_sentences, params, ids)
+    kernel = jax.jit(lambda w, x: kernels.empirical(_sentences, w, x, plan=plan))
+    taken = _temporary(kernel, params, ids)
+    return same((taken <= plan.bytes[1], plan.bytes[1] <= 2**24), (True, True))
+
+
+def _temporary(kernel: Any, *arguments: Any) -> int:
+    return kernel.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+@situation("kernels: a plan's time")
+def _time() -> Outcome:
+    params, ids = _table(64)
+    plan = kernels.plan(_sentences, params, ids)
+    return same([word in str(plan) for word in (" s at ", "GFLOP/s")], [True, True])
