@@ -52,6 +52,8 @@ def _settings_stay():
     yield
     after = dict(jax.config.values)
     assert after == before, "a test changed jax.config for the modules after it"
+    # A worker would keep the programs of all modules: gigabytes, and tens of thousands of mappings.
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
