@@ -41,7 +41,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from ntk_awt import config as configs
 from ntk_awt import files
 from ntk_awt.config import RunConfig
-from ntk_awt.errors import InputError, check_number, choose
+from ntk_awt.errors import InputError, check_count, choose
 from ntk_awt.interrupts import at_end, install, kept, leave, line
 
 
@@ -413,7 +413,7 @@ def verify(
     files.check_output("--json", json_file, ".json")
     for name in names:
         verification.load(name)
-    check_number("seed", seed, low=0)
+    check_count("seed", seed, low=0)
     results: list[verification.Result] = []
     chosen = names or tuple(verification.MODULES)
     with Bars().bar("verify", len(chosen), "statements") as show:
