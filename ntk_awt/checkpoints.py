@@ -1,5 +1,8 @@
 """Checkpoints of a loop's state, through Orbax: the newest one survives a kill at any moment."""
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,10 +10,14 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from ntk_awt.errors import InputError, check_same_tree
 
 State = TypeVar("State")
+
+SPARE = 2**19
+"""Bytes that a checkpoint takes beside its arrays, at most."""
 
 
 class Checkpoints:
@@ -24,7 +31,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | None):
-        self._folder = folder
+        self._folder = None if folder is None else folder.absolute()
 
     def __enter__(self) -> "Checkpoints":
         self._manager = None
@@ -33,7 +40,7 @@ class Checkpoints:
 
             options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
             self._manager = ocp.CheckpointManager(
-                self._folder.absolute(),
+                self._folder,
                 options=options,
                 item_handlers=ocp.StandardCheckpointHandler(),
             )
@@ -49,11 +56,26 @@ class Checkpoints:
             self._manager.close()
 
     def save(self, step: int, state: Any) -> None:
-        """Keep `state` (a pytree of arrays) as the newest one."""
-        if self._manager is not None:
+        """Keep `state` (a pytree of arrays) as the newest one.
+
+        Raises:
+            OSError: no space or no permission.
+        """
+        if self._manager is not None and self._folder is not None:
             import orbax.checkpoint as ocp
 
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            # On a full disk TensorStore's callbacks meet event loops that Orbax has closed.
+            size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+            folder = next(p for p in (self._folder, *self._folder.parents) if p.exists())
+            if shutil.disk_usage(folder).free < 2 * size + SPARE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+            try:
+                self._manager.save(step, args=ocp.args.StandardSave(state))
+            except ValueError as error:  # TensorStore's, on a full disk
+                if "writing" not in str(error):
+                    raise
+                text = str(error).strip().partition("\n")[0]
+                raise OSError(errno.EIO, text, str(self._folder)) from error
 
     def latest(self, like: State) -> State:
         """The newest state, or `like` itself if there is none.

@@ -44,7 +44,7 @@ from ntk_awt import config as configs
 from ntk_awt import files
 from ntk_awt.config import RunConfig
 from ntk_awt.errors import InputError, check_count, choose
-from ntk_awt.interrupts import at_end, install, kept, line
+from ntk_awt.interrupts import at_end, install, kept, leave, line
 from ntk_awt.verdicts import NOT_JUDGED, Verdict, count, of_run, verdict
 
 
@@ -527,9 +527,9 @@ def _number(value: float) -> str:
 
 
 def _table(first: str, *headers: str, title: str | None = None) -> Table:
-    """An empty table that cuts no word; square brackets in its headers are units, not markup."""
+    """An empty table that cuts no word; square brackets in title and headers are no markup."""
     others = [Column(escape(header), overflow="fold") for header in headers]
-    return Table(Column(first, no_wrap=True), *others, title=title)
+    return Table(Column(first, no_wrap=True), *others, title=title and escape(title))
 
 
 def _fitted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -752,6 +752,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command; those of the process if not given, which then also handles
             Ctrl-C and SIGTERM (`interrupts`).
     """
+    alone = arguments is None
     if arguments is None:
         install()
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises as well
@@ -770,10 +771,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        return _fail(
+        code = _fail(
             f"cannot read or write{where}: expected space and permission, "
             f"got {error.strerror or error}; finished work is kept, mend it and run again"
         )
+        return leave(code) if alone else code  # Orbax may be in the middle of something
     except (MemoryError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0]
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:

@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 """What is handled, in words."""
@@ -54,25 +55,31 @@ def line(word: str, arguments: Sequence[str], folder: Path | None) -> str:
     return f"{word}; to start again: {command}"
 
 
-def _leave(number: int) -> None:
+def _say_and_leave(number: int) -> None:
     text = line(WORDS[signal.Signals(number)], sys.argv[1:], kept[-1] if kept else None)
     with suppress(OSError):  # a closed stream
         # A progress bar leaves the cursor hidden, at the end of its last line.
         before = "\n\x1b[?25h" if os.isatty(2) else ""
         os.write(2, f"{before}{text}\n".encode(errors="backslashreplace"))
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
+    leave(128 + number)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without its destructors, which print what they meet half built."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
     for end in at_end:
         with suppress(Exception):  # what is half built may not know how to end
             end()
-    os._exit(128 + number)
+    os._exit(code)
 
 
 def _watch(pipe: int) -> None:
     number = 0
     while number not in WORDS:
         (number,) = os.read(pipe, 1)
-    threading.Thread(target=_leave, args=(number,), daemon=True).start()
+    threading.Thread(target=_say_and_leave, args=(number,), daemon=True).start()
     select.select([pipe], [], [], PATIENCE)  # a second signal does not wait for the orderly end
     os._exit(128 + number)
 

@@ -391,7 +391,8 @@ def kernel(matrix: np.ndarray, title: str) -> Figure:
     image = axes[0].imshow(mean, cmap="magma", interpolation="nearest")
     axes[0].grid(False)
     axes[0].set(xlabel="column image", ylabel="row image")
-    figure.suptitle(title if matrix.ndim == 2 else f"{title}: mean over outputs", fontsize=11)
+    title = title if matrix.ndim == 2 else f"{title}: mean over outputs"
+    figure.suptitle(title, fontsize=11, parse_math=False)  # it has names of files
     figure.colorbar(image, ax=axes[0], label=f"Θ  {_KERNEL_UNIT}")
     if square:
         values = np.linalg.svd(mean, compute_uv=False)
@@ -800,5 +801,5 @@ def _accuracy_bars(ax: Axes, rows: Rows, title: str) -> None:
         ax.bar_label(bars, [f"{100 * value:.0f}" for value in values], fontsize=7)
     ax.set_xticks(range(len(rows)), [row["method"] for row in rows])
     ax.set(ylim=(0, 1.22), ylabel="test accuracy  [share of images]")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=10, parse_math=False)
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3, columnspacing=1.0)

@@ -273,6 +273,7 @@ def collect(config: SweepConfig, root: Path) -> list[dict[str, Any]]:
             results = report.read_results(folder(root, density, seed))
             settings = config.run(density, seed)
             for name, values in results["networks"].items():
+                choose(f"network in results.json of {folder(root, density, seed)}", name, names)
                 cost = search_cost(results, settings, names[name])
                 row = {"network": name, "target_density": density, "seed": seed}
                 rows.append(row | values | cost)

@@ -1,19 +1,17 @@
-"""Every command on every kind of bad input: exit code 2, one line, nothing overwritten, nothing run.
+"""Every command on every kind of bad input: exit code 2, one line, nothing overwritten or run.
 
 A case is a command line, what lies in the current folder (`run` is a finished run), and words of
 the line that has to come.
 """
 
 import dataclasses
+import errno
 import io
 import json
 import os
 import pickle
-import resource
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +22,7 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from ntk_awt import cli, experiment, report
-from ntk_awt import config as configs
+from ntk_awt import cli, experiment, files, plots, report
 from tests.test_experiment import CONFIG
 
 Setup = Callable[[Path], Any]
@@ -213,7 +210,7 @@ def pickled(name: str) -> Setup:
 
 
 def code(body: str) -> Setup:
-    """A module of the user's, `mine_BAD`, and images for it."""
+    """A module of the user's, `mine_bad`, and images for it."""
 
     def save(here: Path) -> None:
         sys.modules.pop("mine_bad", None)
@@ -568,16 +565,6 @@ CASES = {
         case("train none", "run folder none"),
         case(
             "run --config run/config.toml --run-dir run",
-            "rows of stage evaluate",
-            setup=both(
-                text("run/metrics.jsonl", ""),
-                without("run/results.json"),
-            ),
-            works=True,
-        )
-        if False
-        else case(
-            "run --config run/config.toml --run-dir run",
             "rows of stage dynamics",
             "made anew",
             setup=text("run/metrics.jsonl", ""),
@@ -786,3 +773,97 @@ def test_bad_input(bad, finished, tmp_path, monkeypatch, capsys):
         }
     else:
         assert after == before
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_a_full_disk_at_five_moments_changes_no_number(finished, tmp_path, monkeypatch, capsys):
+    """The third, sixth, … file is cut off by a full disk; the run goes on with equal numbers."""
+    root, honest = tmp_path / "run", files.replace
+    shutil.copy(finished / "config.toml", tmp_path / "c.toml")
+    arguments = ["run", "--config", str(tmp_path / "c.toml"), "--run-dir", str(root)]
+    for room in (0, 2, 3, 4, 6):
+        left = [room]
+
+        def full(path: Path, write: Callable[[Path], Any], left: list[int] = left) -> None:
+            def limited(partial: Path) -> None:
+                write(partial)
+                left[0] -= 1
+                if left[0] < 0:
+                    partial.write_bytes(partial.read_bytes()[:100])
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
+
+            honest(path, limited)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "replace", full)
+            patched.setattr(plots, "replace", full)
+            patched.setattr(cli, "console", Console(file=io.StringIO()))
+            assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "No space left on device" in error
+        assert "run again" in error
+        assert not list(root.rglob("*.partial*"))
+    with (root / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "tr')  # where the disk was full for an appended line
+    assert cli.main(arguments) == 0
+    wanted, found = (report.read_results(path) for path in (finished, root))
+    assert found | {"seconds": 0} == wanted | {"seconds": 0}
+
+
+def test_a_link_and_a_pipe_are_written_through(tmp_path):
+    target, link = tmp_path / "target.txt", tmp_path / "link.txt"
+    target.write_text("old")
+    link.symlink_to(target)
+    files.write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    files.write_text(Path("/dev/null"), "lost")
+    assert Path("/dev/null").is_char_device()
+    files.check_output("--json", Path("/dev/null"), ".json")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(partial: Path) -> None:
+        partial.write_text("ne")
+        raise OSError
+
+    with pytest.raises(OSError):
+        files.replace(path, fail)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_names_with_markup_are_text_in_pages_and_pictures(finished, tmp_path):
+    name = "<script>alert(1)<b> $x_{"
+    for folder in ("a", name):
+        shutil.copytree(finished, tmp_path / folder)
+    both = report.compare([tmp_path / "a", tmp_path / name], tmp_path / "both.html")
+    for page in (report.write(tmp_path / name), both):
+        assert "<script" not in page.read_text()
+        assert "&lt;script&gt;" in page.read_text()
+    plots.save(plots.kernel(np.eye(2), name), tmp_path, "kernel")
+    assert "&lt;script&gt;" in (tmp_path / "kernel.svg").read_text()
+
+
+PRINTS = """
+print("here")
+def apply(w, x):
+    print("there")
+    return x.reshape(len(x), -1) @ w
+network = lambda: (apply, jnp.eye(4)[:, :2])
+"""
+
+
+def test_what_the_user_s_code_prints_is_not_among_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code(PRINTS)(tmp_path)
+    assert cli.main(shlex.split(f"kernel {MODULE} --outputs trace --out 'k[/red] $x_{{.npz'")) == 0
+    shown = capsys.readouterr()
+    assert "here" not in shown.out
+    assert "here\n" in shown.err
+    assert "there\n" in shown.err

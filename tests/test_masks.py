@@ -1,7 +1,6 @@
 """Masks against NumPy written from their definitions: allocation, selection, gain, files."""
 
 import itertools
-import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -588,12 +587,12 @@ def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "ticket.safetensors"
     save_ticket(old, path)
 
-    def interrupted(arrays: Any, filename: Any, metadata: Any = None) -> None:
-        Path(os.fspath(filename)).write_bytes(b"half of")
+    def interrupted(partial: Path, content: bytes) -> None:
+        partial.write_text("half of")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.numpy, "save_file", interrupted)
+        patch.setattr(Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_ticket(new, path)
         assert_same(load_ticket(path, old.params), old)
