@@ -8,8 +8,9 @@ demo: .venv/run
 	$(BIN)/ntk-awt run
 
 # Nearly all of the time is compilation; without XLA's optimisations a quarter less of it in all.
+# A worker that crashes ends the tests: with one in its place pytest-xdist may wait for ever.
 test: lint
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations=10
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
