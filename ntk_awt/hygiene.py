@@ -448,7 +448,8 @@ def check(
         >>> [flag.name for flag in found.flags if flag.status != "pass"]
         []
     """
-    x, y = check_examples(apply, params, np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES], threat)
+    shapes = jax.eval_shape(lambda: params)  # weights that are not finite are for the first rule
+    x, y = check_examples(apply, shapes, np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES], threat)
     subject = Subject(apply, params, x, y, threat)
     sound = finite(subject, *(() if attacked is None else (attacked[:IMAGES],)))
     if sound.status != "pass":

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntk_awt.attacks import CRITERIA, Attack, check_examples, criterion, example_keys
+from ntk_awt.attacks import (
+    CRITERIA,
+    Attack,
+    check_examples,
+    check_given,
+    criterion,
+    example_keys,
+)
 from ntk_awt.attacks.base import NetworkLoss
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.config import TrainConfig
@@ -48,8 +55,8 @@ def _natural(
     apply: ApplyFn,
     params: Params,
     batch: Batch,
-    attack: Attack,
-    threat: Threat,
+    attack: Attack | None,
+    threat: Threat | None,
     config: TrainConfig,
 ) -> tuple[jax.Array, Logits]:
     logits = apply(params, batch.x)
@@ -215,7 +222,7 @@ class _Static(NamedTuple):
     """Everything of a training that jit compiles in."""
 
     apply: ApplyFn
-    attack: Attack
+    attack: Attack | None
     config: TrainConfig
     records: int
     epoch_steps: int
@@ -231,7 +238,7 @@ def _epoch(
     ticket: Ticket,
     images: Images,
     labels: Labels,
-    threat: Threat,
+    threat: Threat | None,
     key: Key,
     observe: jax.tree_util.Partial,
     static: _Static,
@@ -278,8 +285,8 @@ def fit(
     labels: Labels | np.ndarray,
     *,
     config: TrainConfig,
-    threat: Threat,
-    attack: Attack,
+    threat: Threat | None = None,
+    attack: Attack | None = None,
     key: Key,
     observe: Observe = nothing,
     records: int = 1,
@@ -297,8 +304,8 @@ def fit(
             enabled, and then the parameters should be as well.
         labels: [n], integers.
         config: loss, optimiser, schedule, epochs, batch size.
-        threat: the threat model.
-        attack: the maximiser inside the loss.
+        threat, attack: the threat model and the maximiser inside the loss; natural training needs
+            neither, and without a threat model images are in no box.
         key: decides batches and attacks; the same key gives the same batches to every network.
         observe: evaluated inside the epoch, `records` times; see `Observe`.
         records: observations an epoch, evenly spaced.
@@ -312,12 +319,15 @@ def fit(
         The trained ticket.
 
     Raises:
-        InputError: unknown loss, criterion, optimiser or schedule, bad images or labels, too few
-            images for a batch, a loss or weights that are no longer finite.
+        InputError: unknown loss, criterion, optimiser or schedule, a loss that attacks without
+            anything to attack with, bad images or labels, too few images for a batch, a loss or
+            weights that are no longer finite.
     """
     choose("loss", config.loss, LOSSES)
     choose("criterion", config.criterion, CRITERIA)
     check_count("records", records, low=1)
+    if config.loss != "natural":
+        check_given(f"loss {config.loss}", threat, attack)
     images, labels = check_examples(apply, ticket.params, images, labels, threat)
     epoch_steps = steps_per_epoch(images.shape[0], config, records)
     static = _Static(apply, attack, config, records, epoch_steps, weights)

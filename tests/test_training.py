@@ -558,7 +558,7 @@ def test_steps_per_epoch():
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path):
-    far = replace(CONFIG, learning_rate=1e38)
+    far = replace(CONFIG, learning_rate=1e30, weight_decay=1e10)
     with pytest.raises(InputError, match="training loss in epoch 1: expected finite values"):
         train(config=far, checkpoints=tmp_path)
     train(checkpoints=tmp_path)  # and nothing of it was saved

@@ -159,8 +159,20 @@ def run_keys(keys: Key, index: jax.Array) -> Key:
     return jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
 
 
+def check_given(what: str, threat: Threat | None, attack: Attack | None) -> tuple[Threat, Attack]:
+    """Both of them; raise unless they are given where `what` needs attacked images."""
+    if threat is None or attack is None:
+        raise InputError(
+            what,
+            expected="a threat model and an attack",
+            got="neither" if threat is attack else "one of them",
+            fix="give both, or choose 'natural'",
+        )
+    return threat, attack
+
+
 def check_examples(
-    apply: ApplyFn, params: Params, x: Any, y: Any, threat: Threat
+    apply: ApplyFn, params: Params, x: Any, y: Any, threat: Threat | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raise unless a network can be attacked at these examples.
 
@@ -168,7 +180,8 @@ def check_examples(
         apply, params: the network.
         x: images [n, *shape], floating, inside `threat.bounds`.
         y: labels [n], integers.
-        threat: its radius must not be negative; it warns of one that does not fit the images.
+        threat: its radius must not be negative; it warns of one that does not fit the images. None
+            where nothing is attacked: then there is no box either.
 
     Returns:
         The images and the labels in host memory: float32 (float64 images stay so where x64 is
@@ -177,13 +190,17 @@ def check_examples(
     Raises:
         InputError: what is wrong, see `perturb` and `network.check_network`.
     """
-    check_kind(threat)
-    check_images("images", x, threat.bounds)
+    bounds = (-np.inf, np.inf)
+    if threat is not None:
+        check_kind(threat)
+        bounds = threat.bounds
+    check_images("images", x, bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")
     wanted = np.float64 if np.asarray(x).dtype == np.float64 else np.float32
     images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
-    check_threat(threat, images)
+    if threat is not None:
+        check_threat(threat, images)
     classes = check_network(apply, params, images, empty=True)
     check_classes((len(x), classes))
     check_labels("labels", y, len(x), classes)

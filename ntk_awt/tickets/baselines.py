@@ -93,7 +93,7 @@ class Making(NamedTuple):
         prunable: see `masks.prunable_leaves`.
     """
 
-    attack: Attack
+    attack: Attack | None
     config: MaskConfig
     prunable: Prunable | None
 
@@ -123,7 +123,7 @@ def _by_gradient(
 
 
 @partial(jax.jit, static_argnames=("apply", "attack", "inputs"))
-def _inputs(apply: ApplyFn, problem: Problem, attack: Attack, inputs: str) -> Images:
+def _inputs(apply: ApplyFn, problem: Problem, attack: Attack | None, inputs: str) -> Images:
     params, x, y, threat, key = problem
     return attacked_inputs(
         apply, params, None, x, y, threat=threat, attack=attack, inputs=inputs, key=key
@@ -158,7 +158,7 @@ def baseline(
     name: str,
     apply: ApplyFn,
     problem: Problem,
-    attack: Attack,
+    attack: Attack | None,
     config: MaskConfig,
     prunable: Prunable | None = None,
 ) -> Ticket:
@@ -168,7 +168,7 @@ def baseline(
         name: in `BASELINES`.
         apply: the dense network's function.
         problem: the dense network at initialisation, training images and labels, threat model, key.
-        attack: for those that look at attacked images.
+        attack: for those that look at attacked images; None for the others.
         config: density, allocation, gain.
         prunable: see `masks.prunable_leaves`.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ntk_awt.attacks import Attack, cross_entropy, example_keys
+from ntk_awt.attacks import Attack, check_given, cross_entropy, example_keys
 from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import (
     empirical,
@@ -84,8 +84,8 @@ def attacked_inputs(
     x: Images,
     y: Labels,
     *,
-    threat: Threat,
-    attack: Attack,
+    threat: Threat | None,
+    attack: Attack | None,
     inputs: str,
     key: Key,
 ) -> Images:
@@ -95,13 +95,18 @@ def attacked_inputs(
         apply, params: the dense network.
         ticket: the sparse network; not needed for natural inputs and those of the dense network.
         x, y: clean images [n, *shape] and labels [n].
-        threat, attack: the threat model and the attack on the cross-entropy.
+        threat, attack: the threat model and the attack on the cross-entropy; natural inputs need
+            neither.
         inputs: natural, dense, sparse, or both (the first half of the batch against the dense
             network, the second half against the sparse one).
         key: random key of the attack.
+
+    Raises:
+        InputError: other inputs without a threat model or an attack.
     """
     if inputs == "natural":
         return x
+    threat, attack = check_given(f"inputs {inputs}", threat, attack)
     networks = []
     if inputs != "sparse":
         networks.append(params)
@@ -130,8 +135,8 @@ def target_of(
     x: Images,
     y: Labels,
     *,
-    threat: Threat,
-    attack: Attack,
+    threat: Threat | None,
+    attack: Attack | None,
     key: Key,
     config: TicketConfig,
     ticket: Ticket | None = None,

@@ -112,19 +112,23 @@ class Problem(NamedTuple):
     Attributes:
         params: the dense network at initialisation.
         x, y: training images [n, *shape] and labels [n].
-        threat: the threat model (ε = 0 for natural inputs).
+        threat: the threat model; None if nothing is attacked.
         key: random key of batches and attacks.
     """
 
     params: Params
     x: Images
     y: Labels
-    threat: Threat
+    threat: Threat | None
     key: Key
 
 
 def _target(
-    problem: Problem, state: SolverState, apply: ApplyFn, attack: Attack, config: TicketConfig
+    problem: Problem,
+    state: SolverState,
+    apply: ApplyFn,
+    attack: Attack | None,
+    config: TicketConfig,
 ) -> Target:
     """The batch of the state's step, attacked."""
     params, x, y, threat, key = problem
@@ -147,7 +151,7 @@ class _Static(NamedTuple):
     """Everything of a search that jit compiles in, whichever the mask."""
 
     apply: ApplyFn
-    attack: Attack
+    attack: Attack | None
     config: TicketConfig
     gain: str
     prunable: Prunable | None
@@ -193,7 +197,7 @@ def _refresh(state: SolverState, problem: Problem, static: _Static) -> SolverSta
 
 @partial(jax.jit, static_argnames=("apply", "attack", "config"))
 def held_out_target(
-    apply: ApplyFn, attack: Attack, problem: Problem, config: TicketConfig
+    apply: ApplyFn, attack: Attack | None, problem: Problem, config: TicketConfig
 ) -> Target:
     """The dense network's logits and kernel at the images of `problem`, all of them.
 
@@ -268,7 +272,7 @@ def search(
     state: SearchState,
     held_out: Target,
     *,
-    attack: Attack,
+    attack: Attack | None = None,
     config: TicketConfig,
     on_record: Callable[[SearchState, SearchRecord], None],
     gain: str = "energy",
@@ -284,7 +288,7 @@ def search(
         problem: dense parameters, images, labels, threat model, key.
         state: from `start`, or a saved state.
         held_out: the dense network on images that the search does not see.
-        attack: on the network that `config.inputs` names.
+        attack: on the network that `config.inputs` names; natural inputs need none.
         config: solver and its settings.
         on_record: called with the state and the record, at each of `record_steps` that is later
             than the state's step, and at step 0.
