@@ -41,10 +41,11 @@ def test_nothing_is_computed_on_import_or_in_parametrisation(tmp_path):
     for name, text in PLANTED.items():
         lines = f"import jax, jax.numpy as jnp, pytest\n{textwrap.dedent(text)}"
         (tmp_path / f"test_{name}.py").write_text(lines)
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
         [sys.executable, "-c", COLLECT, str(ROOT / "tests"), str(tmp_path)],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+        env=ours | {"JAX_PLATFORMS": "nowhere"},
         capture_output=True,
         text=True,
         check=False,
