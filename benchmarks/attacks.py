@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ntk_awt import masks, models, training
+from ntk_awt.app.config import ModelConfig, TrainConfig
 from ntk_awt.attacks import PGD, cross_entropy, example_keys
-from ntk_awt.config import ModelConfig, TrainConfig
 from ntk_awt.threats import Linf
 from ntk_awt.types import Network, Params
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_awt import kernels, masks, models
-from ntk_awt.config import ModelConfig
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.kernels import probes
 from ntk_awt.masks import Ticket
 from ntk_awt.types import Network

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import data, files, models
+from ntk_awt.app.config import DataConfig, ModelConfig
 from ntk_awt.attacks import ATTACKS
-from ntk_awt.config import DataConfig, ModelConfig
-from ntk_awt.evaluation import evaluate
-from ntk_awt.experiment import versions
+from ntk_awt.files import versions
+from ntk_awt.robustness.accuracy import evaluate
 from ntk_awt.threats import L2, Linf
 from tests.fixtures.make_parity import CASES, FIXTURES, POINTS
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import optax
 
 from ntk_awt import kernels, masks, tickets
+from ntk_awt.app.config import MaskConfig, RunConfig, TicketConfig
+from ntk_awt.app.names import resolve
 from ntk_awt.attacks import PGD
-from ntk_awt.config import MaskConfig, RunConfig, TicketConfig
 from ntk_awt.kernels import compat
-from ntk_awt.methods import resolve
 from ntk_awt.threats import Linf
 from ntk_awt.types import Network, Params
 

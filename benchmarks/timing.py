@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ntk_awt.experiment import versions
+from ntk_awt.files import versions
 
 WARM_UP = 0.3
 """Seconds of calls before one that is timed, for both sides alike."""

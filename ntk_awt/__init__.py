@@ -6,39 +6,26 @@ Sub-modules load on first use: `import ntk_awt` is quick and needs neither Flax 
 import importlib
 from typing import Any
 
-from ntk_awt._version import __version__
+__version__ = "0.1.0"
 
 _MODULES = (
-    "assessment",
+    "app",
     "attacks",
-    "config",
-    "convolution",
+    "checkpoints",
     "data",
-    "dynamics",
     "errors",
-    "evaluation",
-    "experiment",
     "files",
-    "hygiene",
-    "inspection",
     "kernels",
-    "linear",
-    "linear_study",
     "masks",
-    "methods",
     "models",
     "network",
-    "plots",
-    "precision",
-    "report",
     "robustness",
     "schedules",
-    "sweep",
+    "theory",
     "threats",
     "tickets",
     "training",
     "types",
-    "verdicts",
 )
 
 __all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

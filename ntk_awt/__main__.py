@@ -2,13 +2,13 @@
 
 import sys
 
-from ntk_awt import interrupts
+from ntk_awt.app import interrupts
 
 
 def main() -> int:
     """Run the command of `sys.argv`; returns its exit code."""
     interrupts.install()
-    from ntk_awt import cli
+    from ntk_awt.app.cli import commands as cli
 
     return cli.main()
 

@@ -2,13 +2,17 @@
 
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from ntk_awt import __version__
 from ntk_awt.errors import InputError
 
 # ---------------------------------------------------------------- writing
@@ -222,3 +226,14 @@ def check_tree(root: Path) -> None:
                     got=str(path.relative_to(top)),
                     fix="remove it, or put what it leads to in its place",
                 )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the device."""
+    names = ("jax", "jaxlib", "flax", "optax", "neural-tangents", "numpy")
+    return {
+        "ntk-awt": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+    }

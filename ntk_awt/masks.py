@@ -36,8 +36,7 @@ from ntk_awt.errors import (
     leaf_name,
 )
 from ntk_awt.network import check_weights_only
-from ntk_awt.precision import wide, widened
-from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params
+from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params, wide, widened
 
 Scores: TypeAlias = Any
 """A pytree with the structure of the parameters and real leaves; higher is kept first."""

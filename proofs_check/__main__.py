@@ -2,7 +2,7 @@
 
 import sys
 
-from ntk_awt.cli import main
+from ntk_awt.app.cli.commands import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "verify")

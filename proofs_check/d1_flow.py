@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import masks, models
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import ModelConfig
-from ntk_awt.dynamics.flow import loss_gradient, output_change
 from ntk_awt.kernels import empirical
+from ntk_awt.theory.dynamics.flow import loss_gradient, output_change
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.types import ApplyFn, Gain, Key, Mask, Network, Params
 from proofs_check.core import (

@@ -18,11 +18,11 @@ import scipy.integrate
 import scipy.linalg
 
 from ntk_awt import masks, models
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import ModelConfig
-from ntk_awt.dynamics.flow import frozen
 from ntk_awt.kernels import empirical
 from ntk_awt.kernels.compat import linearize, predict
+from ntk_awt.theory.dynamics.flow import frozen
 from ntk_awt.threats import Linf
 from ntk_awt.types import ApplyFn, Gain, Mask, Params
 from proofs_check.core import (

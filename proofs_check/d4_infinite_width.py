@@ -22,15 +22,14 @@ import scipy.linalg
 import scipy.stats
 
 from ntk_awt import data, masks, models
+from ntk_awt.app.config import DataConfig, ModelConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import DataConfig, ModelConfig
-from ntk_awt.dynamics import infinite
-from ntk_awt.dynamics.infinite import InfiniteTraining, KernelFn
 from ntk_awt.kernels import analytic
 from ntk_awt.masks import Ticket
+from ntk_awt.theory.dynamics import infinite
+from ntk_awt.theory.dynamics.infinite import InfiniteTraining, KernelFn
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.types import ApplyFn, Images, Key, Logits, Params
-from proofs_check import trainings
 from proofs_check.core import (
     Case,
     Context,
@@ -43,6 +42,7 @@ from proofs_check.core import (
     rejects,
     slope,
 )
+from proofs_check.instances import trainings
 
 CLASSES = (3, 5, 8)
 WEIGHT_STD, BIAS_STD = 2.0**0.5, 0.1

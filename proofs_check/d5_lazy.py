@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import data, models
+from ntk_awt.app.config import DataConfig, ModelConfig, TrainConfig
 from ntk_awt.attacks import example_keys
-from ntk_awt.config import DataConfig, ModelConfig, TrainConfig
 from ntk_awt.kernels import empirical
 from ntk_awt.masks import Ticket
 from ntk_awt.threats import Threat
 from ntk_awt.training import Batch
 from ntk_awt.types import ApplyFn, Images, Labels, Params
-from proofs_check import trainings
 from proofs_check.core import (
     Case,
     Context,
@@ -40,6 +39,7 @@ from proofs_check.core import (
     rejects,
     slope,
 )
+from proofs_check.instances import trainings
 
 IMAGES = 16
 RECORDS, STEPS = 2, 5

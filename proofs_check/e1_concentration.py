@@ -10,8 +10,8 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from ntk_awt.dynamics.existence import concentration_bound, entry_bound, tail_probability
 from ntk_awt.kernels import empirical
+from ntk_awt.theory.dynamics.existence import concentration_bound, entry_bound, tail_probability
 from proofs_check.core import (
     Context,
     Line,

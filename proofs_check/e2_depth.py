@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 from ntk_awt import models
-from ntk_awt.config import ModelConfig
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.kernels import analytic, empirical
 from ntk_awt.masks import Ticket
 from ntk_awt.types import ApplyFn, Key

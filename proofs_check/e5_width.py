@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import masks, tickets
+from ntk_awt.app.config import TicketConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import TicketConfig
-from ntk_awt.dynamics.existence import gap_bound, sufficient_width
-from ntk_awt.dynamics.preservation import Frozen, prior_gap
 from ntk_awt.kernels import empirical
 from ntk_awt.masks import Ticket
+from ntk_awt.theory.dynamics.existence import gap_bound, sufficient_width
+from ntk_awt.theory.dynamics.preservation import Frozen, prior_gap
 from ntk_awt.threats import Linf
 from ntk_awt.types import Params
 from proofs_check import e1_concentration as e1

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.integrate
 import scipy.stats
 
-from ntk_awt import linear
+from ntk_awt.theory import linear
 from proofs_check.core import (
     Case,
     Context,
@@ -23,7 +23,7 @@ from proofs_check.core import (
     close,
     rejects,
 )
-from proofs_check.linear_problems import (
+from proofs_check.instances.linear import (
     Array,
     Problem,
     counts,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.optimize
 
-from ntk_awt import linear
+from ntk_awt.theory import linear
 from proofs_check.core import (
     Case,
     Context,
@@ -26,7 +26,7 @@ from proofs_check.core import (
     close,
     rejects,
 )
-from proofs_check.linear_problems import (
+from proofs_check.instances.linear import (
     Array,
     Problem,
     counts,

@@ -24,7 +24,7 @@ import scipy.optimize
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from ntk_awt import linear
+from ntk_awt.theory import linear
 from proofs_check.core import (
     Case,
     Context,
@@ -36,7 +36,7 @@ from proofs_check.core import (
     close,
     rejects,
 )
-from proofs_check.linear_problems import SIGNS, Array, dual, norm, strong_reach
+from proofs_check.instances.linear import SIGNS, Array, dual, norm, strong_reach
 
 ORDERS = (1.0, 1.5, 2.0, 3.0, np.inf)
 

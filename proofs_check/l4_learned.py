@@ -21,7 +21,7 @@ import scipy.stats
 from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
-from ntk_awt import linear
+from ntk_awt.theory import linear
 from proofs_check.core import (
     Case,
     Context,
@@ -33,7 +33,7 @@ from proofs_check.core import (
     close,
     rejects,
 )
-from proofs_check.linear_problems import Array, deviation_panel, strong_reach, within
+from proofs_check.instances.linear import Array, deviation_panel, strong_reach, within
 
 Rows = list[dict[str, Any]]
 

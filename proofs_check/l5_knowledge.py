@@ -17,7 +17,7 @@ import scipy.stats
 from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
-from ntk_awt import linear
+from ntk_awt.theory import linear
 from proofs_check.core import (
     Case,
     Context,
@@ -29,8 +29,8 @@ from proofs_check.core import (
     close,
     rejects,
 )
+from proofs_check.instances.linear import Array, strong_reach
 from proofs_check.l4_learned import Rows, exact_errors, no_sine
-from proofs_check.linear_problems import Array, strong_reach
 
 MEAN, EPSILON, DELTA, C = 2.0, 3.0, 0.6, 1.0
 KNOWING = ("signal", "penalised", "robust")

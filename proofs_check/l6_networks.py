@@ -20,9 +20,10 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from ntk_awt import data, evaluation, masks, models, threats, training
+from ntk_awt import data, masks, models, threats, training
+from ntk_awt.app.config import DataConfig, ModelConfig, TrainConfig
 from ntk_awt.attacks import PGD, perturb
-from ntk_awt.config import DataConfig, ModelConfig, TrainConfig
+from ntk_awt.robustness import accuracy as evaluation
 from ntk_awt.threats import L2, StrongL2, Threat
 from ntk_awt.types import Images, Params
 from proofs_check.core import (
@@ -37,7 +38,7 @@ from proofs_check.core import (
     close,
     rejects,
 )
-from proofs_check.linear_problems import Array, strong_reach
+from proofs_check.instances.linear import Array, strong_reach
 
 EPSILON, DELTA = 0.5, 0.15
 OPEN = (-4.0, 4.0)

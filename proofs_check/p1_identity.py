@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import masks
+from ntk_awt.app.config import TrainConfig
 from ntk_awt.attacks import example_keys
-from ntk_awt.config import TrainConfig
-from ntk_awt.dynamics.preservation import Trajectory, identity_defect
 from ntk_awt.masks import Ticket
+from ntk_awt.theory.dynamics.preservation import Trajectory, identity_defect
 from ntk_awt.threats import Threat
 from ntk_awt.training import Batch
 from ntk_awt.types import ApplyFn, Labels
-from proofs_check import trainings
 from proofs_check.core import (
     Case,
     Context,
@@ -28,7 +27,16 @@ from proofs_check.core import (
     rejects,
     slope,
 )
-from proofs_check.trainings import DENSITY, MLP_CE, MLP_SQUARED, Pair, Run, Setting, Trainings
+from proofs_check.instances import trainings
+from proofs_check.instances.trainings import (
+    DENSITY,
+    MLP_CE,
+    MLP_SQUARED,
+    Pair,
+    Run,
+    Setting,
+    Trainings,
+)
 
 TOLERANCE = 1e-9
 

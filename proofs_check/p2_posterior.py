@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.dynamics.preservation import Trajectory, posterior_bound
-from proofs_check import trainings
+from ntk_awt.theory.dynamics.preservation import Trajectory, posterior_bound
 from proofs_check.core import (
     Case,
     Context,
@@ -17,7 +16,8 @@ from proofs_check.core import (
     close,
     rejects,
 )
-from proofs_check.trainings import SAME_START, Run, Trainings
+from proofs_check.instances import trainings
+from proofs_check.instances.trainings import SAME_START, Run, Trainings
 
 
 def gap_norms(dense: Trajectory, sparse: Trajectory) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
-from ntk_awt.dynamics.preservation import (
+from ntk_awt.theory.dynamics.preservation import (
     SMOOTHNESS,
     Frozen,
     Trajectory,
@@ -29,7 +29,6 @@ from ntk_awt.dynamics.preservation import (
     prior_bound,
     prior_gap,
 )
-from proofs_check import trainings
 from proofs_check.core import (
     Case,
     Context,
@@ -43,8 +42,9 @@ from proofs_check.core import (
     refuses,
     rejects,
 )
+from proofs_check.instances import trainings
+from proofs_check.instances.trainings import MLP_CE, SAME_START, Pair, Trainings
 from proofs_check.p2_posterior import gap_norms, matrix
-from proofs_check.trainings import MLP_CE, SAME_START, Pair, Trainings
 
 
 def same(name: str, found: Any, wanted: Any) -> Case:

@@ -25,9 +25,9 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from ntk_awt import data, masks, models, tickets, training
+from ntk_awt.app.config import DataConfig, ModelConfig, TicketConfig, TrainConfig
 from ntk_awt.attacks import PGD, example_keys
-from ntk_awt.config import DataConfig, ModelConfig, TicketConfig, TrainConfig
-from ntk_awt.dynamics import intervals
+from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Network, Params
 from proofs_check.core import (
@@ -44,7 +44,7 @@ from proofs_check.core import (
     rejects,
 )
 from proofs_check.d1_flow import untrained
-from proofs_check.trainings import QUICKLY
+from proofs_check.instances.trainings import QUICKLY
 
 Array = NDArray[np.float64]
 

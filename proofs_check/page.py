@@ -4,10 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ntk_awt import files, plots, report
-from ntk_awt.experiment import versions
+from ntk_awt import files
+from ntk_awt.app import plots
+from ntk_awt.app.report import page as report
+from ntk_awt.files import versions
 from proofs_check.core import Outcome
-from proofs_check.verification import Result
+from proofs_check.runner import Result
 
 
 def complaints(result: Result) -> list[str]:

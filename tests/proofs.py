@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from proofs_check.verification import Result, verify
+from proofs_check.runner import Result, verify
 
 
 def check(name: str, **options: Any) -> Result:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt import hygiene
 from ntk_awt.attacks import APGD, ATTACKS, PGD, cross_entropy, example_keys
-from ntk_awt.evaluation import evaluate
+from ntk_awt.robustness import hygiene
+from ntk_awt.robustness.accuracy import evaluate
 from ntk_awt.threats import THREATS, Linf
 from tests import threat_models
 from tests.modes import mode

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ntk_awt import cli
+from ntk_awt.app.cli import commands as cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,6 +6,8 @@
 """
 
 from ntk_awt.kernels.empirical import empirical, selection
+from ntk_awt.kernels.engine.planning import Plan
+from ntk_awt.kernels.engine.planning import make as plan
 from ntk_awt.kernels.metrics import (
     centre,
     centred_alignment,
@@ -27,8 +29,6 @@ from ntk_awt.kernels.metrics import (
     spectrum_mass,
     target_distance,
 )
-from ntk_awt.kernels.planning import Plan
-from ntk_awt.kernels.planning import make as plan
 
 __all__ = [
     "Plan",

@@ -28,11 +28,10 @@ import jax.numpy as jnp
 import scipy.special
 from jaxtyping import Array, Float
 
-from ntk_awt.config import ModelConfig
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.errors import InputError, check_count, check_finite, check_number, choose
 from ntk_awt.kernels.compat import stax
-from ntk_awt.precision import widened
-from ntk_awt.types import Images, Key
+from ntk_awt.types import Images, Key, widened
 
 Layer: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 """A layer of neural-tangents: `(init_fn, apply_fn, kernel_fn)`."""

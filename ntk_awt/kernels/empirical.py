@@ -16,14 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_same_tree, choose
-from ntk_awt.kernels import engines, forms, planning, program
-from ntk_awt.kernels.engines import Engine
-from ntk_awt.kernels.planning import BUDGET, Plan
-from ntk_awt.kernels.varying import along
+from ntk_awt.kernels.engine import engines, forms, planning, program
+from ntk_awt.kernels.engine.engines import Engine
+from ntk_awt.kernels.engine.planning import BUDGET, Plan
+from ntk_awt.kernels.engine.varying import along
 from ntk_awt.masks import effective, unit_gain
 from ntk_awt.network import check_network
-from ntk_awt.precision import common_dtype, widened
-from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params
+from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params, common_dtype, widened
 
 JACOBIANS = ("masked", "full")
 

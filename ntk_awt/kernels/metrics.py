@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_count
-from ntk_awt.precision import widened
+from ntk_awt.types import widened
 
 # Accelerators may round the factors of a product to 10 bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST

@@ -43,12 +43,11 @@ import scipy.special
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_count, check_number, check_same_tree
-from ntk_awt.kernels import passes
-from ntk_awt.kernels.varying import along
+from ntk_awt.kernels.engine import passes
+from ntk_awt.kernels.engine.varying import along
 from ntk_awt.masks import masked, unit_gain
 from ntk_awt.network import check_network
-from ntk_awt.precision import wide, widened
-from ntk_awt.types import ApplyFn, Gain, Images, Key, Mask, Network, Params
+from ntk_awt.types import ApplyFn, Gain, Images, Key, Mask, Network, Params, wide, widened
 
 # Accelerators may round the factors of a product to 10 bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST

@@ -18,12 +18,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from ntk_awt.errors import InputError, check_same_tree, choose
-from ntk_awt.kernels import planning
 from ntk_awt.kernels.empirical import _compute, _selection
-from ntk_awt.kernels.planning import BUDGET, Plan
+from ntk_awt.kernels.engine import planning
+from ntk_awt.kernels.engine.planning import BUDGET, Plan
 from ntk_awt.masks import effective, unit_gain
-from ntk_awt.precision import widened
-from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params
+from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params, widened
 
 
 def empirical(

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ntk_awt import masks
+from ntk_awt.app.config import MaskConfig
 from ntk_awt.attacks import Attack, cross_entropy
-from ntk_awt.config import MaskConfig
 from ntk_awt.errors import choose
 from ntk_awt.masks import Prunable, Scores, Ticket
 from ntk_awt.network import check_network

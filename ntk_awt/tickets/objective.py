@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ntk_awt.app.config import TicketConfig
 from ntk_awt.attacks import Attack, check_given, cross_entropy, example_keys
-from ntk_awt.config import TicketConfig
 from ntk_awt.kernels import (
     empirical,
     kernel_distance,
@@ -27,9 +27,8 @@ from ntk_awt.kernels import (
     target_distance,
 )
 from ntk_awt.masks import Ticket, effective
-from ntk_awt.precision import widened
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, widened
 
 KernelFn: TypeAlias = Callable[..., jax.Array]
 """`kernels.empirical`, or the same with a plan and a selection filled in."""

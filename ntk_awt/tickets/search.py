@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import kernels
+from ntk_awt.app.config import TicketConfig, VariantConfig
 from ntk_awt.attacks import Attack
-from ntk_awt.config import TicketConfig, VariantConfig
 from ntk_awt.errors import InputError, check_finite, choose
 from ntk_awt.kernels import Plan, empirical
 from ntk_awt.masks import Prunable, Ticket, effective
 from ntk_awt.network import check_network
 from ntk_awt.threats import Threat
-from ntk_awt.tickets.awt import awt
-from ntk_awt.tickets.concrete import concrete
 from ntk_awt.tickets.objective import (
     Distances,
     KernelFn,
@@ -29,9 +27,11 @@ from ntk_awt.tickets.objective import (
     target_of,
     terms,
 )
-from ntk_awt.tickets.saliency import saliency
-from ntk_awt.tickets.scores import awt_joint, awt_scores
 from ntk_awt.tickets.solver import Solver, SolverState
+from ntk_awt.tickets.solvers.awt import awt
+from ntk_awt.tickets.solvers.concrete import concrete
+from ntk_awt.tickets.solvers.saliency import saliency
+from ntk_awt.tickets.solvers.scores import awt_joint, awt_scores
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 
 SOLVERS: dict[str, Callable[..., Solver]] = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ntk_awt.config import TicketConfig
+from ntk_awt.app.config import TicketConfig
 from ntk_awt.kernels import empirical
 from ntk_awt.masks import GAINS, Prunable, Ticket, prunable_leaves, top_k
 from ntk_awt.schedules import SCHEDULES

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ntk_awt import kernels, masks
-from ntk_awt.config import ModelConfig
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import analytic, probes
 from tests.situations import Outcome, near, refused, same, situation

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from ntk_awt import masks, tickets, training
+from ntk_awt.app.config import MaskConfig, TicketConfig, TrainConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import MaskConfig, TicketConfig, TrainConfig
 from ntk_awt.threats import Linf
 from tests.situations import Outcome, near, refused, same, situation
 

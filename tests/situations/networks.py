@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from ntk_awt import attacks, kernels, masks, methods, models, tickets, training
-from ntk_awt.config import MaskConfig, TicketConfig, TrainConfig
-from ntk_awt.dynamics import intervals
+from ntk_awt import attacks, kernels, masks, models, tickets, training
+from ntk_awt.app import names as methods
+from ntk_awt.app.config import MaskConfig, TicketConfig, TrainConfig
 from ntk_awt.kernels import probes
 from ntk_awt.masks import Ticket
+from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import Linf
 from tests.situations import Outcome, near, refused, same, situation
 

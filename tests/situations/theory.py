@@ -11,14 +11,17 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
-from ntk_awt import linear, masks, threats
+from ntk_awt import masks, threats
+from ntk_awt.app.config import ModelConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import ModelConfig
-from ntk_awt.dynamics import existence, flow, infinite, intervals, preservation
 from ntk_awt.kernels import analytic
 from ntk_awt.masks import Ticket
+from ntk_awt.robustness.certified import intervals
+from ntk_awt.theory import linear
+from ntk_awt.theory.dynamics import existence, flow, infinite, preservation
 from ntk_awt.threats import Linf
-from proofs_check import core, verification
+from proofs_check import core
+from proofs_check import runner as verification
 from tests.situations import Outcome, near, refused, same, situation, warned
 
 # Any: NumPy's arrays are taken as well.

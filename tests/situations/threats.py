@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt import hygiene, threats
+from ntk_awt import threats
+from ntk_awt.app.config import ThreatConfig
 from ntk_awt.attacks import APGD, FAB, PGD, Square, cross_entropy, perturb
-from ntk_awt.config import ThreatConfig
 from ntk_awt.data import Dataset
-from ntk_awt.dynamics import intervals
-from ntk_awt.evaluation import evaluate
+from ntk_awt.robustness import hygiene
+from ntk_awt.robustness.accuracy import evaluate
+from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import L2, Linf, StrongL2
 from ntk_awt.tickets.objective import attacked_inputs
 from tests import threat_models

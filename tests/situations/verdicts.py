@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_awt import tickets
+from ntk_awt.app.config import EvaluationConfig, TicketConfig
 from ntk_awt.attacks import PGD
-from ntk_awt.config import EvaluationConfig, TicketConfig
 from ntk_awt.masks import Ticket, energy_gain
 from ntk_awt.threats import Linf
 from tests.situations import Outcome, near, same, situation, warned
@@ -26,8 +26,8 @@ CONFIG = TicketConfig(
 
 @situation("verdicts: a rule that fails, beside one that passes")
 def _() -> Outcome:
-    from ntk_awt.hygiene import gain
-    from ntk_awt.verdicts import verdict
+    from ntk_awt.app.verdicts import verdict
+    from ntk_awt.robustness.hygiene import gain
 
     ours, other = np.ones(400, bool), np.arange(400) >= 5  # 5 of 400 images are 1.25 points
     flags = [gain("transfer", ours, ours, ""), gain("black box", ours, other, "")]

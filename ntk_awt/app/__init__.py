@@ -1,0 +1,1 @@
+"""The application: settings, names, run folders, sweeps, figures, reports, the command line."""

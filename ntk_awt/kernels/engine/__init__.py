@@ -1,0 +1,1 @@
+"""How a kernel is computed: the traced program, the forms of one weight, the plan."""

@@ -1,0 +1,41 @@
+"""Networks: layers, convolution, a zoo of them, and Flax modules of the user's."""
+
+from ntk_awt.models.zoo import (
+    ACTIVATIONS,
+    DISTRIBUTIONS,
+    MODELS,
+    POOLINGS,
+    Affine,
+    Classifier,
+    Conv,
+    Dense,
+    average_pool,
+    build,
+    check,
+    conv4,
+    from_linen,
+    from_module,
+    lenet5,
+    max_pool,
+    mlp,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "DISTRIBUTIONS",
+    "MODELS",
+    "POOLINGS",
+    "Affine",
+    "Classifier",
+    "Conv",
+    "Dense",
+    "average_pool",
+    "build",
+    "check",
+    "conv4",
+    "from_linen",
+    "from_module",
+    "lenet5",
+    "max_pool",
+    "mlp",
+]

@@ -1,0 +1,1 @@
+"""Robust accuracy: one attack, several, whether to trust it, bounds."""

@@ -1,0 +1,1 @@
+"""What the theory says, by numbers: training dynamics and linear classifiers."""
