@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from ntk_awt import masks, models, training
 from ntk_awt.app.config import ModelConfig, TrainConfig
 from ntk_awt.attacks import PGD, cross_entropy, example_keys
+from ntk_awt.network import Network
 from ntk_awt.threats import Linf
-from ntk_awt.types import Network, Params
+from ntk_awt.types import Params
 
 from .timing import compare
 

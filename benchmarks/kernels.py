@@ -21,7 +21,7 @@ from ntk_awt import kernels, masks, models
 from ntk_awt.app.config import ModelConfig
 from ntk_awt.kernels import probes
 from ntk_awt.masks import Ticket
-from ntk_awt.types import Network
+from ntk_awt.network import Network
 
 from .resnet import ResNet18
 from .timing import compare, medians, once, row
@@ -195,7 +195,7 @@ def probe_rows(repeats: int) -> Iterator[dict[str, Any]]:
 
 def resnet(repeats: int) -> Iterator[dict[str, Any]]:
     """A ResNet-18 on 32×32×3 images: bytes, and time against the passes of vector products."""
-    net = models.from_module(ResNet18(rngs=nnx.Rngs(0)))
+    net = Network.from_nnx(ResNet18(rngs=nnx.Rngs(0)))
     x = images(16, (32, 32, 3))
     what = "ResNet-18 (GroupNorm), N = 16, mean over outputs"
 

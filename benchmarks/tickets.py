@@ -23,8 +23,9 @@ from ntk_awt.app.config import MaskConfig, RunConfig, TicketConfig
 from ntk_awt.app.names import resolve
 from ntk_awt.attacks import PGD
 from ntk_awt.kernels import compat
+from ntk_awt.network import Network
 from ntk_awt.threats import Linf
-from ntk_awt.types import Network, Params
+from ntk_awt.types import Params
 
 from .kernels import PEERS, images, network, neural_tangents
 from .timing import compare, once

@@ -5,17 +5,11 @@ the parameters, `γ` a pytree of scalars. Making a mask takes three separate ste
 which weights matter, *allocation* says how many each layer keeps, *selection* keeps exactly that
 many.
 
-Weights that multiply (kernels, embeddings) are prunable; biases and what normalisation layers scale
-and shift with are kept whole, with gain 1, also where they have two or more axes as in attention
-[heads, dim] and in stacked layers [layers, dim]. `prunable_leaves` tells them apart by name and
-shape; whatever makes or counts masks takes `prunable=`, a function `(name, leaf) -> bool`, to say
-it otherwise. It has to be the same one everywhere, and may look at names and shapes only, since
-scores and masks are asked too.
+What a mask may prune is said by `network.prunable_leaves`; whatever makes or counts masks takes
+`prunable=`, a function `(name, leaf) -> bool`, to say it otherwise.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -35,7 +29,7 @@ from ntk_awt.errors import (
     choose,
     leaf_name,
 )
-from ntk_awt.network import check_weights_only
+from ntk_awt.network import Network, Prunable, prunable_leaves
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Logits, Mask, Params, wide, widened
 
 Scores: TypeAlias = Any
@@ -59,92 +53,7 @@ class Ticket(NamedTuple):
     gain: Gain
 
 
-Prunable: TypeAlias = Callable[[str, Any], bool]
-"""`(name, leaf) -> bool`: whether a mask may prune entries, e.g. of `dense1/kernel`."""
-
-_KEPT = re.compile(r".*bias(es)?|(.*_)?(scale|offset|shift|beta|gamma|mean|var|variance)")
-"""Names of leaves that are added, or that scale, shift or are statistics of a normalisation."""
-
-_NORMALISATION = re.compile(r".*norm.*|(.*_)?(ln|bn)_?\d*")
-"""Names of layers with such leaves, whatever those are called."""
-
-_PERHAPS = re.compile(r"b.*|.*b")
-"""Names of leaves that are biases if a leaf beside them has their axes and more."""
-
-
-def prunable_leaves(tree: Any, prunable: Prunable | None = None) -> Any:
-    """Which leaves a mask may prune, by role.
-
-    A leaf is prunable if it has two or more axes and is neither named like a bias (`bias`,
-    `in_proj_bias`) nor belongs to a normalisation (`scale`, `offset`, `batch_norm/weight`). One
-    named `b…` or `…b`, and the second of a pair without names as in `(w, b)`, is a bias if the leaf
-    beside it has its axes and more: [layers, dim] beside [layers, in, dim].
-
-    Args:
-        tree: parameters, or scores or a mask of their structure and shapes.
-        prunable: `(name, leaf) -> bool` in place of that rule. Scalars and empty leaves are never
-            prunable.
-
-    Returns:
-        Booleans of Python, the structure of `tree`.
-
-    Raises:
-        InputError: variables of a Flax (Linen) module that are not weights.
-
-    Example:
-        >>> import numpy as np
-        >>> stacked = {"w": np.ones((3, 8, 5)), "b": np.ones((3, 5))}
-        >>> prunable_leaves({"layers": stacked, "b": np.ones((5, 2))})
-        {'b': True, 'layers': {'b': False, 'w': True}}
-        >>> prunable_leaves(stacked, lambda name, leaf: name == "b")
-        {'b': True, 'w': False}
-    """
-    check_weights_only(tree)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    beside = defaultdict(list)
-    for path, leaf in leaves:
-        beside[path[:-1]].append(np.shape(leaf))
-
-    def by_role(path: Any, leaf: Any) -> bool:
-        if np.ndim(leaf) < 2:
-            return False
-        siblings = beside[path[:-1]]
-        parts = leaf_name(path).lower().split("/")
-        if parts[-1] == "value":  # of a variable of Flax
-            parts.pop()
-        *layers, name = parts or [""]
-        if _KEPT.fullmatch(name) or (layers and _NORMALISATION.fullmatch(layers[-1])):
-            return False
-        paired = name == "1" and len(siblings) == 2
-        if not (paired or _PERHAPS.fullmatch(name)):
-            return True
-        return not any(_has_more(shape, np.shape(leaf)) for shape in siblings)
-
-    def one(path: Any, leaf: Any) -> bool:
-        if np.ndim(leaf) == 0 or np.size(leaf) == 0:
-            return False
-        return by_role(path, leaf) if prunable is None else bool(prunable(leaf_name(path), leaf))
-
-    return structure.unflatten([one(path, leaf) for path, leaf in leaves])
-
-
-def _has_more(shape: Sequence[int], part: Sequence[int]) -> bool:
-    """Whether `shape` has all axes of `part` in their order, and others."""
-    axes = iter(shape)
-    return len(shape) > len(part) and all(size in axes for size in part)
-
-
 # ---------------------------------------------------------------- masked networks
-
-
-def effective(params: Params, mask: Mask, gain: Gain) -> Params:
-    """The weights that the masked network uses, γ⊙m⊙θ, leaf by leaf."""
-
-    def scale(w: Any, m: Any, g: Any) -> jax.Array:
-        dtype = jnp.result_type(w)
-        return jnp.asarray(w) * (jnp.asarray(m).astype(dtype) * jnp.asarray(g).astype(dtype))
-
-    return jax.tree.map(scale, params, mask, gain)
 
 
 def masked(apply: ApplyFn, mask: Mask, gain: Gain) -> ApplyFn:
@@ -172,6 +81,11 @@ def masked(apply: ApplyFn, mask: Mask, gain: Gain) -> ApplyFn:
         return apply(effective(params, mask, gain), x)
 
     return masked_apply
+
+
+def effective(params: Params, mask: Mask, gain: Gain) -> Params:
+    """The weights that the masked network uses, γ⊙m⊙θ, leaf by leaf."""
+    return Network(None, params, mask, gain).weights  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------- scores
@@ -502,13 +416,6 @@ def statistics(mask: Mask, gain: Gain, prunable: Prunable | None = None) -> list
     leaves = jax.tree_util.tree_leaves_with_path(mask)
     others = (jax.tree.leaves(gain), jax.tree.leaves(prunable_leaves(mask, prunable)))
     return [row(path, m, g) for (path, m), g, p in zip(leaves, *others, strict=True) if p]
-
-
-def density(mask: Mask, prunable: Prunable | None = None) -> float:
-    """Kept share of all prunable entries (see `prunable_leaves`); 1 if there are none."""
-    chosen = jax.tree.leaves(prunable_leaves(mask, prunable))
-    leaves = [np.ravel(m) for m, p in zip(jax.tree.leaves(mask), chosen, strict=True) if p]
-    return float(np.concatenate(leaves).mean(dtype=np.float64)) if leaves else 1.0
 
 
 # ---------------------------------------------------------------- files

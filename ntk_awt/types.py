@@ -5,7 +5,7 @@ part of the package accepts any such pair, whoever wrote it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,18 +36,6 @@ images [h, w, c], [c, 1, 1] for images [c, h, w].
 """
 
 ApplyFn: TypeAlias = Callable[[Params, Images], Logits]
-
-
-class Network(NamedTuple):
-    """A pure network: its function and its parameters.
-
-    Attributes:
-        apply: `(params, x[n, *shape]) -> logits[n, c]`.
-        params: the pytree of parameters that `apply` takes.
-    """
-
-    apply: ApplyFn
-    params: Params
 
 
 # ---------------------------------------------------------------- precision

@@ -13,9 +13,10 @@ from ntk_awt import masks, models
 from ntk_awt.app.config import ModelConfig
 from ntk_awt.attacks import PGD
 from ntk_awt.kernels import empirical
+from ntk_awt.network import Network
 from ntk_awt.theory.dynamics.flow import loss_gradient, output_change
 from ntk_awt.threats import L2, Linf, Threat
-from ntk_awt.types import ApplyFn, Gain, Key, Mask, Network, Params
+from ntk_awt.types import ApplyFn, Gain, Key, Mask, Params
 from proofs_check.core import (
     Context,
     Control,
@@ -183,7 +184,7 @@ def _settings(context: Context) -> list[_Setting]:
     def cnn(key: Key) -> Network:
         chosen = config("tanh", pooling="average")
         layers = {"blocks": ((6,), (8,)), "hidden": (16,), "rngs": nnx.Rngs(params=key)}
-        return models.from_module(models.Classifier((6, 6, 1), CLASSES, chosen, **layers))
+        return Network.from_nnx(models.Classifier((6, 6, 1), CLASSES, chosen, **layers))
 
     masked = _Setting("masked MLP, GELU, L∞", mlp("gelu"), 0.3, Linf(0.1), flat)
     if context.size == "reduced":

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from ntk_awt import data, masks, models, tickets, training
 from ntk_awt.app.config import DataConfig, ModelConfig, TicketConfig, TrainConfig
 from ntk_awt.attacks import PGD, example_keys
+from ntk_awt.network import Network
 from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import L2, Linf, Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Network, Params
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 from proofs_check.core import (
     Case,
     Context,
@@ -485,7 +486,7 @@ def _cnn(key: Key) -> Network:
     module = models.Classifier(
         (8, 8, 1), 10, ModelConfig(), blocks=((4,),), hidden=(16,), rngs=nnx.Rngs(params=key)
     )
-    return models.from_module(module)
+    return Network.from_nnx(module)
 
 
 def _drawn(rng: np.random.Generator, make: Callable[[Key], Network]) -> Network:

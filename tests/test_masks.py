@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ntk_awt import masks
 from ntk_awt.errors import InputError
 from ntk_awt.masks import Ticket, allocate, energy_gain, load_ticket, save_ticket, top_k
+from ntk_awt.network import density as kept_share
 
 Shape = tuple[int, ...]
 
@@ -201,7 +202,7 @@ def test_mask_has_exactly_the_density(method: str, density: float):
     kernels = [np.asarray(layer["kernel"]) for layer in mask.values()]
     size = sum(m.size for m in kernels)
     assert sum(m.sum() for m in kernels) == round(density * size)
-    assert masks.density(mask) == pytest.approx(round(density * size) / size, abs=1e-12)
+    assert kept_share(mask) == pytest.approx(round(density * size) / size, abs=1e-12)
     assert all(np.all(layer["bias"]) for layer in mask.values())
     assert all(m.dtype == bool for m in jax.tree.leaves(mask))
 
@@ -368,7 +369,7 @@ def test_gain_of_an_empty_layer_is_refused():
 def test_unit_gain_and_full_mask_change_nothing():
     params = normal_params(0)
     ones = masks.ones(params)
-    assert masks.density(ones) == 1
+    assert kept_share(ones) == 1
     assert_same(masks.effective(params, ones, masks.unit_gain(params)), params)
 
 
@@ -443,7 +444,7 @@ def test_statistics_by_hand():
         masks.LayerStatistics("conv/kernel", (2, 2, 3, 4), 48, 3, 3 / 48, 4.0, 1, 2),
         masks.LayerStatistics("dense/kernel", (3, 2), 6, 2, 2 / 6, 1.5, 1, 1),
     ]
-    assert masks.density(mask) == pytest.approx(5 / 54)
+    assert kept_share(mask) == pytest.approx(5 / 54)
     full = masks.statistics(masks.ones(mask), gain)
     assert [(row.dead_inputs, row.dead_outputs, row.density) for row in full] == [(0, 0, 1.0)] * 2
 

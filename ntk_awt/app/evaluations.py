@@ -154,7 +154,7 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
     settings, threat = _settings(request, evaluation, threat)
     x, y = _images(source, request.images)
     built = threats.build(threat, bounds) if run is None else run.make_threat(threat)
-    apply, params = source.network
+    apply, params = source.network.apply, source.network.params
     pruning = None
     if source.mask is not None and source.gain is not None:
         pruning = Pruning(params, source.mask, None)

@@ -14,7 +14,8 @@ from ntk_awt.app import config as configs
 from ntk_awt.app.config import MaskConfig, RunConfig, TicketConfig, TrainConfig, VariantConfig
 from ntk_awt.attacks import Attack
 from ntk_awt.errors import InputError, check_name, choose
-from ntk_awt.masks import Prunable, Scores, Ticket
+from ntk_awt.masks import Scores, Ticket
+from ntk_awt.network import Prunable
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.solvers.scores import straight_through
 from ntk_awt.types import ApplyFn, Gain, Key, Mask, Params

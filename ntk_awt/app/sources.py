@@ -41,8 +41,8 @@ from ntk_awt.errors import (
 )
 from ntk_awt.kernels import Plan
 from ntk_awt.masks import Ticket
-from ntk_awt.network import check_network, check_params, in_one_line
-from ntk_awt.types import Gain, Images, Mask, Network, Params
+from ntk_awt.network import Network, check_network, check_params, in_one_line
+from ntk_awt.types import Gain, Images, Mask, Params
 
 EIGENVECTORS = 6
 """At most that many eigenvectors are drawn."""
@@ -180,7 +180,7 @@ def _sparse(
     keeps = all(bool(np.all(m)) for m in jax.tree.leaves(mask))
     if keeps and all(float(g) == 1 for g in jax.tree.leaves(gain)):
         mask = gain = None  # a kernel without a mask is computed faster
-    return Source(name, state, network._replace(params=params), mask, gain, run, shape)
+    return Source(name, state, network.replace(params=params), mask, gain, run, shape)
 
 
 def _from_file(path: Path, reporter: Reporter | None) -> Source:
@@ -368,7 +368,6 @@ def load_images(path: Path) -> tuple[Any, np.ndarray | None]:
 
 def _check_taken(source: Source, inputs: Inputs) -> int:
     """Raise unless the network takes the images; the number of its logits."""
-    apply, params = source.network
     classes = 0
     for x in (inputs.x1, inputs.x2):
         if x is None:
@@ -376,7 +375,7 @@ def _check_taken(source: Source, inputs: Inputs) -> int:
         if source.shape is not None and x.shape[1:] != source.shape:
             expected = f"images of shape {source.shape}, which {source.name} takes"
             raise InputError("images", expected=expected, got=f"shape {x.shape[1:]}")
-        classes = check_network(apply, params, x, what=source.name)
+        classes = check_network(source.network, x, what=source.name)
     return classes
 
 
@@ -391,7 +390,7 @@ def plan(
     batch: int | None = None,
 ) -> Plan:
     """How the kernel will be computed; see `kernels.plan`."""
-    apply, params = source.network
+    apply, params = source.network.apply, source.network.params
     return kernels.plan(
         apply, params, inputs.x1, inputs.x2, mask=source.mask, outputs=outputs, engine=engine,
         batch=batch,
@@ -404,7 +403,8 @@ def compute(source: Source, inputs: Inputs, plan: Plan) -> Result:
     Raises:
         InputError: a kernel that is not finite.
     """
-    (apply, params), mask, gain = source.network, source.mask, source.gain
+    network, mask, gain = source.network, source.mask, source.gain
+    apply, params = network.apply, network.params
     kernel = kernels.empirical(apply, params, inputs.x1, inputs.x2, mask=mask, gain=gain, plan=plan)
     check_finite("kernel", kernel)
     spectrum = _spectrum(kernel, inputs.x2 is not None)
@@ -422,8 +422,8 @@ def _spectrum(kernel: jax.Array, mixed: bool) -> jax.Array:
 
 
 def _classes(result: Result) -> int:
-    apply, params = result.source.network
-    return jax.eval_shape(apply, params, result.inputs.x1).shape[1]
+    network = result.source.network
+    return jax.eval_shape(network.apply, network.params, result.inputs.x1).shape[1]
 
 
 def _one_hot(result: Result) -> np.ndarray | None:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from ntk_awt.errors import InputError, check_finite, check_images, check_labels
-from ntk_awt.network import check_network
+from ntk_awt.network import Network, check_network
 from ntk_awt.threats import Threat, check_kind, check_threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
 
@@ -201,7 +201,7 @@ def check_examples(
     images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
     if threat is not None:
         check_threat(threat, images)
-    classes = check_network(apply, params, images, empty=True)
+    classes = check_network(Network(apply, params), images, empty=True)
     check_classes((len(x), classes))
     check_labels("labels", y, len(x), classes)
     return images, np.asarray(y, np.int32)

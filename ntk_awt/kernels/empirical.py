@@ -21,8 +21,8 @@ from ntk_awt.kernels.engine.engines import Engine
 from ntk_awt.kernels.engine.planning import BUDGET, Plan
 from ntk_awt.kernels.engine.varying import along
 from ntk_awt.masks import effective, unit_gain
-from ntk_awt.network import check_network
-from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params, common_dtype, widened
+from ntk_awt.network import Network, check_network
+from ntk_awt.types import ApplyFn, Gain, Images, Mask, Params, common_dtype, widened
 
 JACOBIANS = ("masked", "full")
 
@@ -97,7 +97,7 @@ def empirical(
     function: Any = getattr(apply, "apply", apply)
     choose("jacobian", jacobian, JACOBIANS)
     if plan is None:
-        check_network(function, params, x1)
+        check_network(Network(function, params), x1)
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise InputError("x2", expected=f"images of shape {x1.shape[1:]}", got=f"{x2.shape[1:]}")
     params, x1, x2, gain, at = widened((params, x1, x2, gain, at))

@@ -46,8 +46,8 @@ from ntk_awt.errors import InputError, check_count, check_number, check_same_tre
 from ntk_awt.kernels.engine import passes
 from ntk_awt.kernels.engine.varying import along
 from ntk_awt.masks import masked, unit_gain
-from ntk_awt.network import check_network
-from ntk_awt.types import ApplyFn, Gain, Images, Key, Mask, Network, Params, wide, widened
+from ntk_awt.network import Network, check_network
+from ntk_awt.types import ApplyFn, Gain, Images, Key, Mask, Params, wide, widened
 
 # Accelerators may round the factors of a product to 10 bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -163,7 +163,7 @@ def kernel_product(
         [[5.0, 3.0], [3.0, 9.0]]
     """
     network: Any = getattr(apply, "apply", apply)
-    check_network(network, params, x1)
+    check_network(Network(network, params), x1)
     params, x1, x2, gain = widened((params, x1, x2, gain))
     other = x1 if x2 is None else x2
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:

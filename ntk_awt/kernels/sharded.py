@@ -22,7 +22,8 @@ from ntk_awt.kernels.empirical import _compute, _selection
 from ntk_awt.kernels.engine import planning
 from ntk_awt.kernels.engine.planning import BUDGET, Plan
 from ntk_awt.masks import effective, unit_gain
-from ntk_awt.types import ApplyFn, Gain, Images, Mask, Network, Params, widened
+from ntk_awt.network import Network
+from ntk_awt.types import ApplyFn, Gain, Images, Mask, Params, widened
 
 
 def empirical(

@@ -10,15 +10,12 @@ so both draw the same functions; only their gradients, and so their tangent kern
 of the two names: Lee et al., "Wide neural networks of any depth evolve as linear models" (2019),
 and Jacot et al., "Neural tangent kernel" (2018).
 
-`build(config, …)` gives a `Network`; `from_module` and `from_linen` do the same for any NNX or
-Linen module of the user's. Only what is trained becomes a parameter; all other state is kept fixed
-inside the function.
+`build(config, …)` gives a `Network`.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +25,8 @@ from jaxtyping import Array, Float
 from ntk_awt.app.config import ModelConfig
 from ntk_awt.errors import InputError, choose
 from ntk_awt.models.convolution import convolve
-from ntk_awt.network import check_params
-from ntk_awt.types import ApplyFn, Key, Network, Params
+from ntk_awt.network import Network
+from ntk_awt.types import Key
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -311,121 +308,6 @@ def build(config: ModelConfig, shape: Sequence[int], num_classes: int, key: Key)
         (3, 10)
     """
     check(config)
-    return from_module(MODELS[config.name](shape, num_classes, config, rngs=nnx.Rngs(params=key)))
-
-
-class _Frozen:
-    """A function of parameters and images that holds other state fixed; equal to itself only.
-
-    State is a constant of what is compiled, so functions with different state must not be taken
-    for one another.
-    """
-
-    def __init__(self, call: Callable[[Params, Any, Array], Array], state: Any):
-        self._call = call
-        self._state = jax.tree.map(jnp.array, state)  # copies: the user may change NumPy arrays
-
-    def __call__(self, params: Params, x: Float[Array, "n ..."]) -> Float[Array, "n c"]:
-        return self._call(params, self._state, x)
-
-
-def from_module(module: nnx.Module) -> Network:
-    """Split any NNX module once into a pure function and a nested dict of parameters.
-
-    Args:
-        module: maps images [n, *shape] to logits [n, c]. Its `nnx.Param` variables are the
-            parameters; all else (statistics, counters, random keys, arrays) is kept as it is now.
-
-    Returns:
-        `Network(apply, params)`. Modules alike that hold parameters only have one function, so that
-        they share compilations.
-
-    Raises:
-        InputError: batch normalisation or dropout in training mode (adversarial training and
-            kernels need logits that depend on one image and the parameters alone), or parameters
-            that are none (`network.check_params`).
-
-    Example:
-        >>> from flax import nnx
-        >>> network = from_module(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
-        >>> sorted(network.params)
-        ['bias', 'kernel']
-    """
-    for path, part in nnx.iter_modules(module):
-        for attribute in ("use_running_average", "deterministic"):
-            if getattr(part, attribute, None) is False and _is_active(part, attribute):
-                name = "/".join(map(str, path)) or "the module"
-                raise InputError(
-                    f"module: {name}",
-                    expected="evaluation mode",
-                    got=f"{type(part).__name__} with {attribute}=False",
-                    fix="call module.eval() first",
-                )
-    graph, weights, rest = nnx.split(module, nnx.Param, ...)
-    params = nnx.to_pure_dict(weights)
-    check_params(params, "the module")
-    state = nnx.to_pure_dict(rest)
-    if not jax.tree.leaves(state):
-        return Network(_apply_of(graph), params)
-
-    def call(params: Params, state: Any, x: Array) -> Array:
-        return nnx.merge(graph, nnx.State(params), nnx.State(state))(x)
-
-    return Network(_Frozen(call, state), params)
-
-
-def _is_active(part: nnx.Module, attribute: str) -> bool:
-    """Whether a part in training mode differs from one that is not: dropout at rate 0 does not."""
-    rate = getattr(part, "rate", getattr(part, "dropout_rate", 1.0))
-    return attribute != "deterministic" or rate != 0
-
-
-@functools.lru_cache(maxsize=128)
-def _apply_of(graph: nnx.GraphDef) -> ApplyFn:
-    """The pure function of a module; one for all modules alike, so that they share compilations."""
-
-    def apply(params: Params, x: Float[Array, "n ..."]) -> Float[Array, "n c"]:
-        return nnx.merge(graph, nnx.State(params))(x)
-
-    return apply
-
-
-def from_linen(module: Any, variables: Mapping[str, Any], **options: Any) -> Network:
-    """The weights of a Flax (Linen) module, and its function with all other variables fixed.
-
-    Args:
-        module: a `flax.linen.Module` that maps images [n, *shape] to logits [n, c].
-        variables: from `module.init`, or trained; "params" are the weights, the other collections
-            (such as "batch_stats") are kept as they are now.
-        options: further arguments of the module's call or of its `apply`, e.g. `train=False`.
-
-    Returns:
-        `Network(apply, params)`.
-
-    Raises:
-        InputError: no "params", or some that are none (`network.check_params`). Batch normalisation
-            in training mode is refused where the network is first used.
-
-    Example:
-        >>> from flax import linen
-        >>> import jax, jax.numpy as jnp
-        >>> module, x = linen.BatchNorm(use_running_average=True), jnp.ones((2, 3))
-        >>> network = from_linen(module, module.init(jax.random.key(0), x))
-        >>> sorted(network.params), network.apply(network.params, x).shape
-        (['bias', 'scale'], (2, 3))
-    """
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        names = ", ".join(map(str, variables)) if isinstance(variables, Mapping) else ""
-        raise InputError(
-            "variables",
-            expected="a dict with 'params', as module.init gives",
-            got=names or type(variables).__name__,
-        )
-    params = variables["params"]
-    check_params(params, "the module")
-    rest = {name: part for name, part in variables.items() if name != "params"}
-
-    def call(params: Params, state: Any, x: Array) -> Array:
-        return module.apply({"params": params, **state}, x, **options)
-
-    return Network(_Frozen(call, rest), params)
+    return Network.from_nnx(
+        MODELS[config.name](shape, num_classes, config, rngs=nnx.Rngs(params=key))
+    )

@@ -15,8 +15,8 @@ from ntk_awt import masks
 from ntk_awt.app.config import MaskConfig
 from ntk_awt.attacks import Attack, cross_entropy
 from ntk_awt.errors import choose
-from ntk_awt.masks import Prunable, Scores, Ticket
-from ntk_awt.network import check_network
+from ntk_awt.masks import Scores, Ticket
+from ntk_awt.network import Network, Prunable, check_network
 from ntk_awt.tickets.objective import attacked_inputs
 from ntk_awt.tickets.search import Problem
 from ntk_awt.types import ApplyFn, Images, Mask, Params
@@ -192,6 +192,6 @@ def baseline(
         (4, 3.162)
     """
     choose("baseline", name, BASELINES)
-    check_network(apply, problem.params, problem.x)
+    check_network(Network(apply, problem.params), problem.x)
     mask = BASELINES[name](apply, problem, Making(attack, config, prunable))
     return masks.sparse(problem.params, mask, config.gain, prunable)

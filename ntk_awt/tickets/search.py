@@ -15,8 +15,8 @@ from ntk_awt.app.config import TicketConfig, VariantConfig
 from ntk_awt.attacks import Attack
 from ntk_awt.errors import InputError, check_finite, choose
 from ntk_awt.kernels import Plan, empirical
-from ntk_awt.masks import Prunable, Ticket, effective
-from ntk_awt.network import check_network
+from ntk_awt.masks import Ticket, effective
+from ntk_awt.network import Network, Prunable, check_network
 from ntk_awt.threats import Threat
 from ntk_awt.tickets.objective import (
     Distances,
@@ -303,7 +303,7 @@ def search(
         InputError: a network that is none (`network.check_network`), fewer images than a batch, or
             an objective that is no longer finite.
     """
-    check_network(apply, problem.params, problem.x)
+    check_network(Network(apply, problem.params), problem.x)
     if problem.x.shape[0] < config.ticket_batch_size:
         raise InputError(
             "ticket_batch_size",
@@ -417,7 +417,7 @@ def solve(
     Returns:
         The sparse network after `config.ticket_steps` steps; traceable.
     """
-    check_network(apply, params, target.x)
+    check_network(Network(apply, params), target.x)
     solver = SOLVERS[config.solver](apply, config, gain, prunable)
 
     def step(state: SolverState, _: None) -> tuple[SolverState, None]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from ntk_awt.app.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import GAINS, Prunable, Ticket, prunable_leaves, top_k
+from ntk_awt.masks import GAINS, Ticket, top_k
+from ntk_awt.network import Prunable, prunable_leaves
 from ntk_awt.schedules import SCHEDULES
 from ntk_awt.tickets.objective import KernelFn, Target
 from ntk_awt.types import Gain, Key, Mask, Params

@@ -21,11 +21,12 @@ from ntk_awt.app.config import DataConfig, ModelConfig, TicketConfig, TrainConfi
 from ntk_awt.attacks import PGD, example_keys
 from ntk_awt.errors import InputError
 from ntk_awt.masks import Ticket
+from ntk_awt.network import Network
 from ntk_awt.theory.dynamics import preservation
 from ntk_awt.theory.dynamics.preservation import Trajectory
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.training import Batch
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Network, Params
+from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 from proofs_check.core import Context, Size
 
 ATTACK = PGD(steps=4, random_start=False)
@@ -189,7 +190,7 @@ def _network(name: str, size: Size, shape: tuple[int, ...], classes: int) -> Net
     if name == "cnn":
         config = replace(config, activation="tanh", pooling="average")
         rngs = nnx.Rngs(params=key)
-        return models.from_module(
+        return Network.from_nnx(
             models.Classifier(shape, classes, config, blocks=((8,),), hidden=(), rngs=rngs)
         )
     if name == "mnist":

@@ -21,7 +21,8 @@ from tests.app.run.test_stages import CONFIG, numbers, records
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background job lacks
-from ntk_awt import __main__, interrupts
+from ntk_awt import __main__
+from ntk_awt.app import interrupts
 interrupts.install()
 print("started", flush=True)
 sys.exit(__main__.main())
@@ -30,7 +31,7 @@ sys.exit(__main__.main())
 COMPILING = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from ntk_awt import interrupts
+from ntk_awt.app import interrupts
 interrupts.install()
 import jax, jax.numpy as jnp
 def deep(x):

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntk_awt import data
 from ntk_awt.app.config import DataConfig
 from ntk_awt.data import DATASETS, Dataset, Raw, dataset, load
 from ntk_awt.errors import InputError
@@ -206,7 +205,7 @@ def test_digits():
 
 
 def test_examples_in_the_docstrings_run():
-    results = doctest.testmod(data)
+    results = doctest.testmod(dataset)
     assert results.attempted >= 5
     assert not results.failed
 

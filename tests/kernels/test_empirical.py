@@ -15,7 +15,7 @@ from ntk_awt import kernels, masks, models
 from ntk_awt.app.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels.engine.engines import ENGINES
-from ntk_awt.types import Network
+from ntk_awt.network import Network
 from tests.quick import quick
 
 SLOW = (
@@ -121,7 +121,7 @@ def mlp(activation="relu", parametrization="ntk"):
 def cnn():
     """One convolution, pooling, one dense layer, three logits."""
     config = ModelConfig(activation="gelu", parametrization="standard")
-    return models.from_module(
+    return Network.from_nnx(
         models.Classifier(IMAGE, 3, config, blocks=((4,),), hidden=(), rngs=nnx.Rngs(3))
     )
 
@@ -144,9 +144,9 @@ class Residual(nnx.Module):
 
 
 def residual():
-    net = models.from_module(Residual(nnx.Rngs(0)))
+    net = Network.from_nnx(Residual(nnx.Rngs(0)))
     # Scales and biases at their initial 1 and 0 would hide what multiplies them.
-    return net._replace(params=noisy(net.params, 7))
+    return net.replace(params=noisy(net.params, 7))
 
 
 BUILDERS = {

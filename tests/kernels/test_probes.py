@@ -12,7 +12,7 @@ from ntk_awt import kernels, masks, models
 from ntk_awt.app.config import ModelConfig
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import probes
-from ntk_awt.types import Network
+from ntk_awt.network import Network
 from tests.keys import key_of
 from tests.quick import quick
 
@@ -51,7 +51,7 @@ def cnn():
     from flax import nnx
 
     config = ModelConfig(activation="tanh", parametrization="standard")
-    return models.from_module(
+    return Network.from_nnx(
         models.Classifier(IMAGE, CLASSES, config, blocks=((4,),), hidden=(), rngs=nnx.Rngs(3))
     )
 
@@ -146,7 +146,7 @@ def test_products_are_those_with_the_explicit_kernel(name, sparse):
     assert agree(kernels.flatten(engine), expected)
     if options:
         weights = masks.effective(net.params, options["mask"], options["gain"])
-        assert not agree(exact(net._replace(params=weights), x1, x2), expected)  # without γ⊙m
+        assert not agree(exact(net.replace(params=weights), x1, x2), expected)  # without γ⊙m
 
 
 def test_the_batch_does_not_change_the_values():
@@ -444,7 +444,7 @@ def test_estimates_of_networks_cover_the_exact_values():
     expected = np.sum((a - b) ** 2)
     assert coverage(distance, expected) >= 0.9
     assert coverage(relative, expected / np.sum(a**2)) >= 0.9
-    unmasked = exact(net._replace(params=masks.effective(net.params, **options)), x1, x2)
+    unmasked = exact(net.replace(params=masks.effective(net.params, **options)), x1, x2)
     assert coverage(distance, np.sum((a - unmasked) ** 2)) < 0.1  # forgets the factor γ⊙m
 
 

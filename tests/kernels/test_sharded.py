@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ntk_awt import kernels
 from ntk_awt.errors import InputError
 from ntk_awt.kernels import sharded
-from ntk_awt.types import Network
+from ntk_awt.network import Network
 from tests.compiled import branch
 
 SLOW = ("test_gradient_sums_over_the_devices mlp-ticket",)
@@ -235,7 +235,7 @@ def start(devices, call, log, environment=os.environ):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     }
-    code = f"from pathlib import PosixPath; from tests import test_sharded as t; t.{call}"
+    code = f"from pathlib import PosixPath; from tests.kernels import test_sharded as t; t.{call}"
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env=environment | more, stdout=file, stderr=file

@@ -16,8 +16,8 @@ from flax import nnx
 from ntk_awt import masks, models
 from ntk_awt.app.config import ModelConfig
 from ntk_awt.errors import InputError
-from ntk_awt.models import build, from_module
-from ntk_awt.types import Network
+from ntk_awt.models import build
+from ntk_awt.network import Network, density
 from tests.quick import quick
 
 SLOW = (
@@ -451,7 +451,7 @@ def test_smallest_images(name: str, side: int):
 )
 def test_module_in_training_mode_is_refused(layer: Callable[[], nnx.Module]):
     with pytest.raises(InputError, match=r"expected evaluation mode, got .*; call module.eval"):
-        from_module(layer())
+        Network.from_nnx(layer())
 
 
 # ---------------------------------------------------------------- networks of others
@@ -477,7 +477,7 @@ def plain(params: Any, x: jax.Array) -> jax.Array:
 
 def test_module_of_a_user():
     module = Users(rngs=nnx.Rngs(0))
-    network = from_module(module)
+    network = Network.from_nnx(module)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
     np.testing.assert_allclose(network.apply(network.params, x), module(x), rtol=1e-6)
     # The parameters are those given, not those of the module when it was split.
@@ -490,7 +490,7 @@ def test_module_of_a_user():
 @pytest.mark.parametrize("kind", ["module", "function"])
 def test_networks_of_others_can_be_masked(kind: str):
     if kind == "module":
-        network = from_module(Users(rngs=nnx.Rngs(0)))
+        network = Network.from_nnx(Users(rngs=nnx.Rngs(0)))
     else:
         keys = jax.random.split(jax.random.key(0), 2)
         dense = {"kernel": jax.random.normal(keys[0], (6, 5)), "bias": jnp.ones(5)}
@@ -499,7 +499,7 @@ def test_networks_of_others_can_be_masked(kind: str):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
     mask = masks.make(masks.magnitude_scores(network.params), 0.4, "global")
     gain = masks.energy_gain(network.params, mask)
-    assert masks.density(mask) == round(0.4 * 45) / 45
+    assert density(mask) == round(0.4 * 45) / 45
     sparse = masks.masked(network.apply, mask, gain)
     product = jax.tree.map(lambda w, m, g: w * m * g, network.params, mask, gain)
     y = sparse(network.params, x)

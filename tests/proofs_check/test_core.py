@@ -18,7 +18,7 @@ from proofs_check import core, page
 from proofs_check import runner as verification
 from proofs_check.core import Context, Line, Outcome, Panel, Statement
 
-FILES = ["core", "verification", "page", *verification.MODULES.values()]
+FILES = ["core", "runner", "page", *verification.MODULES.values()]
 
 # ---------------------------------------------------------------- rules
 

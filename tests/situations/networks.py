@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from ntk_awt import attacks, kernels, masks, models, tickets, training
+from ntk_awt import attacks, kernels, masks, tickets, training
 from ntk_awt.app import names as methods
 from ntk_awt.app.config import MaskConfig, TicketConfig, TrainConfig
 from ntk_awt.kernels import probes
 from ntk_awt.masks import Ticket
+from ntk_awt.network import Network, density
 from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import Linf
 from tests.situations import Outcome, near, refused, same, situation
@@ -228,23 +229,23 @@ def _module() -> _Normalised:
 
 @situation("networks: the kernel of an NNX module with batch statistics, dropout, counters")
 def _() -> Outcome:
-    network = models.from_module(_module())
+    network = Network.from_nnx(_module())
     came = kernels.empirical(network, network.params, _images())
     return near(came, _brute(_by_hand, network.params, _images()), relative=1e-5)
 
 
 @situation("networks: what an NNX module's mask counts")
 def _() -> Outcome:
-    params = models.from_module(_module()).params
+    params = Network.from_nnx(_module()).params
     mask = masks.make(masks.magnitude_scores(params), 0.5, "global")
     names = [row.name for row in masks.statistics(mask, masks.unit_gain(params))]
-    return same((names, masks.density(mask)), (["first/kernel", "last/kernel"], 22 / 45))
+    return same((names, density(mask)), (["first/kernel", "last/kernel"], 22 / 45))
 
 
 @situation("networks: an NNX module in training mode")
 def _() -> Outcome:
     return refused(
-        lambda: models.from_module(_Normalised(nnx.Rngs(0))).params["first"]["kernel"],
+        lambda: Network.from_nnx(_Normalised(nnx.Rngs(0))).params["first"]["kernel"],
         "evaluation mode",
         "module.eval()",
     )
@@ -274,7 +275,7 @@ def _linen_by_hand(weights: Any, x: Any) -> Any:
 
 @situation("networks: the kernel of a Linen module with batch statistics")
 def _() -> Outcome:
-    network = models.from_linen(_Linen(), _variables(), train=False)
+    network = Network.from_linen(_Linen(), _variables(), train=False)
     came = kernels.empirical(network, network.params, _images())
     return near(came, _brute(_linen_by_hand, network.params, _images()), relative=1e-5)
 
@@ -284,19 +285,19 @@ def _() -> Outcome:
     def apply(variables: Any, x: Any) -> Any:
         return _Linen().apply(variables, x, train=False)
 
-    words = ("batch_stats", "models.from_linen")
+    words = ("batch_stats", "Network.from_linen")
     return _all(
         _refused_everywhere(apply, _variables(), *words),
         refused(lambda: masks.allocate(_variables(), 0.5, "erk")["params"], *words),
         refused(lambda: masks.energy_gain(_variables(), masks.ones(_variables())), *words),
-        refused(lambda: masks.density(masks.ones(_variables())), *words),
+        refused(lambda: density(masks.ones(_variables())), *words),
     )
 
 
 @situation("networks: a Linen module in training mode")
 def _() -> Outcome:
     def call() -> Any:
-        network = models.from_linen(_Linen(), _variables(), train=True)
+        network = Network.from_linen(_Linen(), _variables(), train=True)
         return kernels.empirical(network, network.params, _images())
 
     return refused(call, "ModifyScopeVariableError")

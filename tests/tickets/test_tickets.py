@@ -18,6 +18,7 @@ from ntk_awt import kernels, masks, models, tickets
 from ntk_awt.app.config import MaskConfig, ModelConfig, TicketConfig
 from ntk_awt.attacks import PGD, cross_entropy
 from ntk_awt.errors import InputError
+from ntk_awt.network import density
 from ntk_awt.threats import L2, Linf
 from ntk_awt.tickets import baselines
 from ntk_awt.tickets.objective import (
@@ -412,7 +413,7 @@ def test_l2_adds_the_gradient_of_the_kept_weights_norm(net, first, held_out, wro
     def penalty(params):
         kernels_only = masks.effective(params, first.mask, first.gain)
         squares = sum(jnp.sum(layer["kernel"] ** 2) for layer in kernels_only.values())
-        return 3.0 / (0.5 if wrong else masks.density(first.mask)) * squares
+        return 3.0 / (0.5 if wrong else density(first.mask)) * squares
 
     (with_it, value), (without, plain) = slope(3.0), slope(0.0)
     difference = jax.tree.map(jnp.subtract, with_it, without)

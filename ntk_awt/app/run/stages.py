@@ -49,11 +49,12 @@ from ntk_awt.kernels import (
     target_distance,
 )
 from ntk_awt.masks import Ticket
+from ntk_awt.network import Network, density
 from ntk_awt.robustness import hygiene
 from ntk_awt.robustness.accuracy import evaluate
 from ntk_awt.robustness.suite import Assessment, assess, identity, make_suites
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Network
+from ntk_awt.types import ApplyFn, Images, Key
 
 VALIDATION_IMAGES = 1000
 """At most that many validation images are attacked after each epoch."""
@@ -267,7 +268,15 @@ class Run:
         """
         p = self.config.record.probe_size
         x, y = (jnp.asarray(a[:p]) for a in (self.dataset.x_validation, self.dataset.y_validation))
-        found = perturb(self.training_attack, *self.network, x, y, self.threat, self.key("probe"))
+        found = perturb(
+            self.training_attack,
+            self.network.apply,
+            self.network.params,
+            x,
+            y,
+            self.threat,
+            self.key("probe"),
+        )
         return x, found.images
 
     @cached_property
@@ -667,7 +676,7 @@ class Run:
         ticket = self.load_ticket(name)
         first, gaps = dynamics[0], [row["dynamics_gap"] for row in dynamics]
         return {
-            "density": masks.density(ticket.mask),
+            "density": density(ticket.mask),
             "natural_accuracy": accuracy["natural_accuracy"],
             "natural_interval": accuracy["natural_interval"],
             "robust_accuracy": accuracy["robust_accuracy"],

@@ -29,8 +29,8 @@ from ntk_awt.errors import (
 from ntk_awt.kernels.engine import program
 from ntk_awt.kernels.engine.engines import ENGINES
 from ntk_awt.kernels.engine.forms import EXPLICIT, FORMS, Cuts, row_counts
-from ntk_awt.network import check_network
-from ntk_awt.types import ApplyFn, Images, Mask, Network, Params, common_dtype, widened
+from ntk_awt.network import Network, check_network
+from ntk_awt.types import ApplyFn, Images, Mask, Params, common_dtype, widened
 
 OUTPUTS = ("full", "diagonal", "trace")
 BUDGET = 2**30
@@ -330,7 +330,7 @@ def make(
     check_count("number of images x2", n2, low=1)
     if mask is not None:
         check_same_tree("mask", mask, params)
-    classes = check_network(apply, params, x1)
+    classes = check_network(Network(apply, params), x1)
     traced = program.trace(apply, params, x1)
     check_outputs(outputs, classes)
     outputs = outputs if isinstance(outputs, str) else int(outputs)

@@ -31,7 +31,7 @@ from ntk_awt.errors import (
     choose,
 )
 from ntk_awt.kernels.engine.program import Step, evaluate
-from ntk_awt.network import check_network, check_params
+from ntk_awt.network import Network, check_network, check_params
 from ntk_awt.theory.dynamics.flow import floats
 from ntk_awt.threats import L2, Linf, StrongL2, Threat, ends
 from ntk_awt.types import ApplyFn, Images, Labels, Params, PerExample
@@ -1002,7 +1002,7 @@ def _checked(
     check_images("images", x, threat.bounds)
     if len(x) == 0:
         raise InputError("images", expected="at least one", got="none")
-    check_network(apply, first, x)
+    check_network(Network(apply, first), x)
     if second is not None:
         check_same_tree("second network", second, first)
         check_params(second, "the second network")

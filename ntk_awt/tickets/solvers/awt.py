@@ -17,7 +17,8 @@ import optax
 
 from ntk_awt.app.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Prunable, Ticket, effective, prunable_leaves, top_k
+from ntk_awt.masks import Ticket, effective, top_k
+from ntk_awt.network import Prunable, prunable_leaves
 from ntk_awt.tickets.objective import (
     KernelFn,
     Target,

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from ntk_awt.app.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Prunable, Ticket
+from ntk_awt.masks import Ticket
+from ntk_awt.network import Prunable
 from ntk_awt.tickets.objective import KernelFn, Target, residuals
 from ntk_awt.tickets.solver import Selection, Solver, SolverState, kept_counts, regain
 from ntk_awt.types import ApplyFn, Key, Params

@@ -13,7 +13,8 @@ import optax
 
 from ntk_awt.app.config import TicketConfig
 from ntk_awt.kernels import empirical
-from ntk_awt.masks import Prunable, Ticket, prunable_leaves
+from ntk_awt.masks import Ticket
+from ntk_awt.network import Prunable, prunable_leaves
 from ntk_awt.tickets.objective import KernelFn, Target, Terms, objective_gradient, terms
 from ntk_awt.tickets.solver import (
     Selection,

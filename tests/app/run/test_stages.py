@@ -207,7 +207,9 @@ def test_redrawing_gives_the_same_pictures(finished):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ntk_awt import checkpoints, config, experiment
+from ntk_awt import checkpoints
+from ntk_awt.app import config
+from ntk_awt.app.run import stages as experiment
 
 saves, limit = 0, int(sys.argv[3])
 save = checkpoints.Checkpoints.save

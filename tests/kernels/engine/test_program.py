@@ -20,7 +20,7 @@ from jax import lax
 from ntk_awt import kernels
 from ntk_awt.errors import leaf_name
 from ntk_awt.kernels.engine import program
-from ntk_awt.types import Network
+from ntk_awt.network import Network
 from tests.kernels.test_empirical import agree, factors, reference
 from tests.quick import quick
 
