@@ -14,6 +14,8 @@ import numpy as np
 
 from ntk_awt.errors import InputError, check_same_tree
 
+__all__ = ["Checkpoints", "newest"]
+
 State = TypeVar("State")
 
 SPARE = 2**19
@@ -28,17 +30,24 @@ class Checkpoints:
 
     Args:
         folder: where to keep the state; made when needed.
+        reads_only: write nothing there; then the folder has to be there.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, *, reads_only: bool = False):
         self._folder = None if folder is None else folder.absolute()
+        self._reads_only = reads_only
 
     def __enter__(self) -> "Checkpoints":
         self._manager = None
         if self._folder is not None:
             import orbax.checkpoint as ocp  # it costs a second: only when something is saved
 
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+            # Orbax's own option read_only logs a warning per setting that it changes.
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if self._reads_only else 1,
+                create=not self._reads_only,
+                enable_async_checkpointing=False,
+            )
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=options,
@@ -111,3 +120,38 @@ class Checkpoints:
                 got=f"{type(error).__name__}: {text}",
                 fix="delete that folder: its stage starts anew",
             ) from error
+
+
+def newest(folder: Path, like: State) -> tuple[int, State] | None:
+    """The newest state in a folder, and its step, for a reader; nothing is written.
+
+    A process that saves there may replace the state while it is read; then the next one is read.
+
+    Args:
+        folder: that `Checkpoints` saves in.
+        like: a state with the structure, shapes and dtypes to expect.
+
+    Returns:
+        None where there is no state.
+
+    Raises:
+        InputError: the folder holds a state of another structure, or a damaged one.
+    """
+    while True:
+        step = _newest_step(folder)
+        if step is None:
+            return None
+        try:
+            with Checkpoints(folder, reads_only=True) as saved:
+                found = saved.latest(like)
+        except InputError:
+            if _newest_step(folder) == step:
+                raise
+        else:
+            if _newest_step(folder) == step:
+                return step, found
+
+
+def _newest_step(folder: Path) -> int | None:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from ntk_awt.errors import InputError
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write through a temporary file beside it; its folder is made if there is none.
 
-    A kill, or a full disk, leaves the old file or the new one, never a part. A link, a device or a
-    pipe is written through, since it cannot be replaced.
+    A kill, a full disk or a loss of power leaves the old file or the new one, never a part. Several
+    processes may write the same file: the last one's stays. A link, a device or a pipe is written
+    through, since it cannot be replaced.
 
     Args:
         path: of the file.
@@ -42,13 +45,30 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
         write(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         write(partial)
+        _sync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)  # on a full disk it would take the place of others
         raise
+    with suppress(OSError):  # not every file system can: the file is whole either way
+        _sync(path.parent)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether `replace` wrote to that path before it moved the file to its place."""
+    return Path(path.stem).suffix == ".partial"
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -219,7 +239,7 @@ def check_tree(root: Path) -> None:
                 inner = _real(path).is_relative_to(top)
             else:
                 inner = path.is_dir() or path.is_file()
-            if not inner:
+            if not inner and os.path.lexists(path):  # a live run removes files meanwhile
                 raise InputError(
                     f"folder {root}",
                     expected="files and folders, and no links that lead outside",

@@ -211,7 +211,7 @@ def test_every_debt_is_still_owed():
         ("ntk_awt.app.report.page", "from ntk_awt.app.config import RunConfig"),
         ("ntk_awt.app.plots", "import jax.numpy as jnp"),
         ("ntk_awt.app.report.page", "if True:\n    from jax import numpy"),
-        ("ntk_awt.training.loop", "from ntk_awt.app.run.stages import Run"),
+        ("ntk_awt.training.loop", "from ntk_awt.app.run.stages import run"),
         ("ntk_awt.app.run.stages", "from ntk_awt.app.cli.commands import main"),
         ("ntk_awt.training", "import ntk_awt"),
         ("ntk_awt.threats.linf", "from ntk_awt.app import config"),

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ntk_awt import masks, threats
+from ntk_awt import files, masks, threats
 from ntk_awt.app import plots
 from ntk_awt.app.config import AttackConfig, EvaluationConfig, ThreatConfig
-from ntk_awt.app.names import ordered
-from ntk_awt.app.run.stages import Paths, Reporter, open_run
+from ntk_awt.app.run import stages
+from ntk_awt.app.run.folder import Paths, RunFolder
+from ntk_awt.app.run.problem import Problem
+from ntk_awt.app.run.writer import Reporter
 from ntk_awt.app.sources import Source, load_images, open_source
 from ntk_awt.attacks import ATTACKS
 from ntk_awt.errors import InputError, check_number, choose
@@ -113,22 +115,23 @@ def evaluate_run(
     Raises:
         InputError: an unknown network or attack, or images, which belong to other sources.
     """
-    run = open_run(root, reporter)
-    known = ordered(run.config.networks)
+    run = RunFolder.open(root)
     for name in networks:
-        choose("network", name, known)
+        choose("network", name, run.networks)
     if request.images is not None:
         raise InputError("--images", expected="none: a run has its test images", got="a file")
     settings, threat = _settings(request, run.config.evaluation, run.config.threat)
+    files.check_folder(f"run folder {root}", root)
+    problem, bar = Problem(run.config), reporter.bar
     return [
         Found(
             name,
             f"{name}, seed {run.config.seed}",
             threat,
             settings,
-            run.assess(name, settings, threat),
+            stages.assess(problem, run.paths, name, settings, threat, bar=bar),
         )
-        for name in networks or known
+        for name in networks or run.networks
     ]
 
 
@@ -144,7 +147,7 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
     Raises:
         InputError: no such source, or no images with labels for one without a run.
     """
-    source = open_source(name, reporter=reporter)
+    source = open_source(name)
     run, threat = source.run, ThreatConfig()
     evaluation, bounds, chosen_on = EvaluationConfig(), (0.0, 1.0), None
     attack, key = AttackConfig(), jax.random.key(0)

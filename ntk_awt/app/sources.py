@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from ntk_awt import files, kernels, masks, models
+from ntk_awt import checkpoints, files, kernels, masks, models, training
 from ntk_awt.app import config as configs
 from ntk_awt.app import plots
 from ntk_awt.app.config import ModelConfig
-from ntk_awt.app.names import ordered
-from ntk_awt.app.run.stages import Paths, Reporter, Run, open_run
+from ntk_awt.app.run.folder import Paths, RunFolder
+from ntk_awt.app.run.methods import Search, resolve
+from ntk_awt.app.run.problem import Problem
 from ntk_awt.errors import (
     InputError,
     check_count,
@@ -59,6 +60,7 @@ class Source(NamedTuple):
         network: function and parameters, as before masking.
         mask, gain: m and γ; None for a dense network.
         run: that it belongs to, for its probe set; None if there is none.
+        folder: of that run.
         shape: of one image, where it is known.
     """
 
@@ -67,7 +69,8 @@ class Source(NamedTuple):
     network: Network
     mask: Mask | None
     gain: Gain | None
-    run: Run | None
+    run: Problem | None
+    folder: Paths | None
     shape: tuple[int, ...] | None
 
 
@@ -115,19 +118,13 @@ class Metric(NamedTuple):
 # ---------------------------------------------------------------- sources
 
 
-def open_source(
-    source: str,
-    network: str | None = None,
-    state: str | None = None,
-    reporter: Reporter | None = None,
-) -> Source:
+def open_source(source: str, network: str | None = None, state: str | None = None) -> Source:
     """Find the network that `source` names.
 
     Args:
         source: a run folder, FILE.safetensors, a checkpoint's folder or module:function.
         network: of a run folder; dense if not given.
         state: of a run folder's network, initial (the default) or trained.
-        reporter: shows the progress of what a run may have to do.
 
     Raises:
         InputError: nothing there, or not what it should be; `network` or `state` where the source
@@ -144,11 +141,11 @@ def open_source(
                     f"--{name}", expected="none: the source is one network", got=repr(value)
                 )
     if is_file:
-        return _from_file(path, reporter)
+        return _from_file(path)
     if is_code:
         return _from_code(source)
     if place is not None:
-        return _from_checkpoint(*place, reporter)
+        return _from_checkpoint(*place)
     if not Paths(path).config.exists():
         raise InputError(
             f"run folder {source}",
@@ -156,15 +153,17 @@ def open_source(
             got="none",
             fix="other sources: FILE.safetensors, RUN/checkpoints/STAGE, module:function",
         )
-    run, name, state = open_run(path, reporter), network or "dense", state or "initial"
-    choose("network", name, ordered(run.config.networks))
+    folder, name, state = RunFolder.open(path), network or "dense", state or "initial"
+    choose("network", name, folder.networks)
     choose("state", state, ("initial", "trained"))
-    ticket = run.load_ticket(name) if state == "initial" else run.load_trained(name)
-    return _of_run(run, name, state, ticket)
+    problem, paths = Problem(folder.config), folder.paths
+    file = paths.ticket(name) if state == "initial" else paths.trained(name)
+    return _of_run(problem, paths, name, state, problem.load(file))
 
 
-def _of_run(run: Run, name: str, state: str, ticket: Ticket) -> Source:
-    return _sparse(name, state, run.network, ticket, run, run.dataset.image_shape)
+def _of_run(problem: Problem, paths: Paths, name: str, state: str, ticket: Ticket) -> Source:
+    shape = problem.dataset.image_shape
+    return _sparse(name, state, problem.dense, ticket, shape, problem, paths)
 
 
 def _sparse(
@@ -172,23 +171,25 @@ def _sparse(
     state: str,
     network: Network,
     ticket: Ticket,
-    run: Run | None,
     shape: tuple[int, ...],
+    run: Problem | None = None,
+    folder: Paths | None = None,
 ) -> Source:
     """A source with a mask, or without one where the ticket is the dense network."""
     params, mask, gain = ticket
     keeps = all(bool(np.all(m)) for m in jax.tree.leaves(mask))
     if keeps and all(float(g) == 1 for g in jax.tree.leaves(gain)):
         mask = gain = None  # a kernel without a mask is computed faster
-    return Source(name, state, network.replace(params=params), mask, gain, run, shape)
+    return Source(name, state, network.replace(params=params), mask, gain, run, folder, shape)
 
 
-def _from_file(path: Path, reporter: Reporter | None) -> Source:
+def _from_file(path: Path) -> Source:
     folder = path.absolute().parent
     if Paths(folder.parent).config.exists() and folder.name in ("tickets", "trained"):
-        run = open_run(folder.parent, reporter)
+        run = RunFolder.open(folder.parent)
         state = "initial" if folder.name == "tickets" else "trained"
-        return _of_run(run, path.stem, state, masks.load_ticket(path, run.network.params))
+        problem = Problem(run.config)
+        return _of_run(problem, run.paths, path.stem, state, problem.load(path))
     said = masks.load_metadata(path)
     if missing := [key for key in ("model", "input_shape", "num_classes") if key not in said]:
         raise InputError(
@@ -214,7 +215,7 @@ def _from_file(path: Path, reporter: Reporter | None) -> Source:
     ticket = masks.load_ticket(path, network.params)
     name = said.get("network", path.stem)
     check_name(f"network in the metadata of {path}", name)
-    return _sparse(name, "", network, ticket, None, shape)
+    return _sparse(name, "", network, ticket, shape)
 
 
 def _checkpoint(path: Path) -> tuple[Path, str, str, str] | None:
@@ -226,18 +227,43 @@ def _checkpoint(path: Path) -> tuple[Path, str, str, str] | None:
     return folder.parent.parent, stage, name, step
 
 
-def _from_checkpoint(
-    root: Path, stage: str, name: str, step: str, reporter: Reporter | None
-) -> Source:
-    run = open_run(root, reporter)
-    ticket, updates = run.load_checkpoint(stage, name)
-    saved = run.paths.checkpoints(stage, name).iterdir()
-    newest = max(int(p.name) for p in saved if p.name.isdecimal())
-    if step and int(step) != newest:
+def _from_checkpoint(root: Path, stage: str, name: str, step: str) -> Source:
+    """The network as of the newest checkpoint; its state says the updates done by then."""
+    folder = RunFolder.open(root)
+    choose("stage of a checkpoint", stage, ("search", "train"))
+    choose("network", name, folder.networks)
+    problem, where = Problem(folder.config), folder.paths.checkpoints(stage, name)
+    load = _searched if stage == "search" else _trained
+    found = load(problem, folder.paths, name)
+    if found is None:
+        raise InputError(f"checkpoint {where}", expected="a saved state", got="none")
+    saved, updates, ticket = found
+    if step and int(step) != saved:
         raise InputError(
-            f"checkpoint {step} of {stage}-{name}", expected=f"the newest, {newest}", got=step
+            f"checkpoint {step} of {stage}-{name}", expected=f"the newest, {saved}", got=step
         )
-    return _of_run(run, name, f"{stage} step {updates}", ticket)
+    return _of_run(problem, folder.paths, name, f"{stage} step {updates}", ticket)
+
+
+def _searched(problem: Problem, paths: Paths, name: str) -> tuple[int, int, Ticket] | None:
+    method = resolve(problem.config, name)
+    if not isinstance(method, Search):
+        raise InputError("network", expected="one that is searched for", got=name)
+    like = method.start(problem, masks.dense(problem.dense.params))
+    found = checkpoints.newest(paths.checkpoints("search", name), like)
+    return found and (found[0], int(found[1].solver.step), found[1].solver.ticket)
+
+
+def _trained(problem: Problem, paths: Paths, name: str) -> tuple[int, int, Ticket] | None:
+    params = problem.dense.params
+    optimizer = training.make_optimizer(problem.config.train, 1).init(params)
+    like = training.TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+    found = checkpoints.newest(paths.checkpoints("train", name), like)
+    if found is None:
+        return None
+    saved, state = found
+    ticket = problem.load(paths.ticket(name))._replace(params=state.params)
+    return saved, int(state.step), ticket
 
 
 @contextmanager
@@ -289,7 +315,7 @@ def _from_code(source: str) -> Source:
         with _users_code(f"source {source}", "code that JAX can trace on these images"):
             return apply(params, x)
 
-    return Source(source, "", Network(traced, params), None, None, None, None)
+    return Source(source, "", Network(traced, params), None, None, None, None, None)
 
 
 # ---------------------------------------------------------------- images
@@ -338,7 +364,7 @@ def choose_inputs(
     return chosen
 
 
-def _probe(run: Run, inputs: str) -> Inputs:
+def _probe(run: Problem, inputs: str) -> Inputs:
     choose("inputs", inputs, ("clean", "adversarial", "mixed"))
     clean, perturbed = run.probe
     x1, x2 = {
@@ -499,7 +525,7 @@ def default_file(source: Source, inputs: Inputs, plan: Plan) -> Path:
     outputs = "" if plan.outputs == "full" else str(plan.outputs)
     words = [word for word in ("kernel", source.name, source.state, inputs.name, outputs) if word]
     name = re.sub(r"[^\w.-]+", "-", "-".join(words))
-    folder = Path() if source.run is None else source.run.paths.figures
+    folder = Path() if source.folder is None else source.folder.figures
     return folder / f"{name}.npz"
 
 

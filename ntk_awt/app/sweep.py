@@ -11,7 +11,7 @@ A sweep is a run's config file with one more table:
 
 Its folder holds a run folder for each density and seed, and what is gathered from them:
 
-    density-0.03/seed-0/     a run, see `experiment.py`
+    density-0.03/seed-0/     a run, see `run/folder.py`
     sweep.json               mean and standard deviation over seeds of every network and density
     sweep.md                 the same as a table
     figures/, sweep.html     pictures of the above
@@ -31,12 +31,13 @@ from numpy.typing import ArrayLike
 
 from ntk_awt import files
 from ntk_awt.app import config as configs
-from ntk_awt.app import names as methods
 from ntk_awt.app import plots, verdicts
 from ntk_awt.app.config import RunConfig
 from ntk_awt.app.report import page as report
-from ntk_awt.app.run import stages as experiment
-from ntk_awt.app.run.stages import Paths, Reporter, Run
+from ntk_awt.app.run import stages
+from ntk_awt.app.run.folder import Paths, RunFolder, is_complete, network_label
+from ntk_awt.app.run.methods import check_names, resolve
+from ntk_awt.app.run.writer import Reporter, Writer
 from ntk_awt.app.verdicts import Verdict
 from ntk_awt.errors import InputError, check_number, choose
 
@@ -142,35 +143,37 @@ def run(config: SweepConfig, root: Path, reporter: Reporter) -> dict[str, Any]:
         InputError: unknown names in the config, or what a run raises.
     """
     for density in config.densities:
-        experiment.check_names(config.run(density, config.seeds[0]))
+        check_names(config.run(density, config.seeds[0]))
     files.check_folder("sweep folder", root)
     files.check_tree(root)
     cells = [(density, seed) for seed in config.seeds for density in config.densities]
     with reporter.bar("sweep", len(cells), "runs") as show:
         for done, (density, seed) in enumerate(cells):
             show(done)
-            at = folder(root, density, seed)
-            current = Run(config.run(density, seed), at, reporter)
-            for other in config.densities:
-                adopt_dense(current, Paths(folder(root, other, seed)))
-            current.run()
+            at, settings = folder(root, density, seed), config.run(density, seed)
+            if is_complete(at, settings):
+                continue
+            with stages.opened(settings, at, reporter) as (problem, writer):
+                for other in config.densities:
+                    adopt_dense(writer, Paths(folder(root, other, seed)))
+                stages.run(problem, writer)
         show(len(cells))
     return gather(config, root)
 
 
-def adopt_dense(current: Run, other: Paths) -> None:
+def adopt_dense(writer: Writer, other: Paths) -> None:
     """Take the trained dense network of a finished run that differs in density alone.
 
     Does nothing if the other run has none, or if this one has its own.
     """
     names = ("ticket", "trained", "evaluation")
-    here, there = ([getattr(paths, n)("dense") for n in names] for paths in (current.paths, other))
+    here, there = ([getattr(paths, n)("dense") for n in names] for paths in (writer.paths, other))
     if any(path.exists() for path in here) or not all(path.exists() for path in there):
         return
-    rows = experiment.Log(other.metrics).rows
-    current.log.add([row for row in rows if row["network"] == "dense"])
+    rows = RunFolder.open(other.root).records
+    writer.add([row for row in rows if row.network == "dense"])
     first = other.dynamics("dense", 1).parent
-    shutil.copytree(first, current.paths.dynamics("dense", 1).parent, dirs_exist_ok=True)
+    shutil.copytree(first, writer.paths.dynamics("dense", 1).parent, dirs_exist_ok=True)
     for source, target in zip(there, here, strict=True):  # the files that say "done" come last
         files.replace(target, lambda path, source=source: shutil.copy2(source, path))
 
@@ -259,19 +262,19 @@ def search_cost(results: Mapping[str, Any], config: RunConfig, name: str) -> dic
         config: of the run.
         name: of the network in the config.
     """
-    label = methods.network_label(name)
+    label = network_label(name)
     seconds = results["seconds"].get(f"ticket.{label}", 0.0)
     if "train.dense" not in results["seconds"]:
         raise InputError("seconds in results.json", expected="the entry train.dense", got="none")
     epoch = results["seconds"]["train.dense"] / config.train.epochs
-    dense = config.train.epochs if methods.resolve(config, name).kind == "pipeline" else 0
+    dense = config.train.epochs if "dense" in resolve(config, name).trained_first else 0
     return {"search_seconds": seconds + dense * epoch, "search_epochs": seconds / epoch + dense}
 
 
 def collect(config: SweepConfig, root: Path) -> list[dict[str, Any]]:
     """One row for each network of each finished run: density, seed, network and its numbers."""
     rows = []
-    names = {methods.network_label(name): name for name in config.base.networks}
+    names = {network_label(name): name for name in config.base.networks}
     for density in config.densities:
         for seed in config.seeds:
             results = report.read_results(folder(root, density, seed))

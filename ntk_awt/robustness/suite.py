@@ -19,7 +19,7 @@ from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 
 Bar: TypeAlias = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
-"""`(label, total, unit) -> progress bar`, as `experiment.Reporter.bar`."""
+"""`(label, total, unit) -> progress bar`, as `app.run.writer.Reporter.bar`."""
 
 
 Suite: TypeAlias = Mapping[str, Attack]

@@ -26,8 +26,7 @@ from ntk_awt import files
 from ntk_awt.app import plots
 from ntk_awt.app.cli import commands as cli
 from ntk_awt.app.report import page as report
-from ntk_awt.app.run import stages as experiment
-from tests.app.run.test_stages import CONFIG
+from tests.app.run.test_stages import CONFIG, run
 
 Setup = Callable[[Path], Any]
 
@@ -730,7 +729,7 @@ def finished(tmp_path_factory):
         train=dataclasses.replace(CONFIG.train, epochs=1),
     )
     root = tmp_path_factory.mktemp("bad") / "run"
-    experiment.Run(config, root).run()
+    run(config, root)
     return root
 
 

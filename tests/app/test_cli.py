@@ -20,7 +20,9 @@ from ntk_awt.app import sources as inspection
 from ntk_awt.app import verdicts
 from ntk_awt.app.cli import commands as cli
 from ntk_awt.app.config import RunConfig
-from ntk_awt.app.run import stages as experiment
+from ntk_awt.app.run import stages
+from ntk_awt.app.run.folder import RunFolder
+from ntk_awt.app.run.problem import Problem
 from ntk_awt.errors import InputError
 from tests.app.run.test_stages import CONFIG
 
@@ -67,9 +69,7 @@ def test_flags_override_the_file(tmp_path, monkeypatch):
     file = tmp_path / "settings.toml"
     file.write_text("seed = 3\n[mask]\ndensity = 0.25\n[train]\nepochs = 7\n")
     seen = []
-    monkeypatch.setattr(
-        experiment, "Run", lambda config, *rest: seen.append(config) or exit_early()
-    )
+    monkeypatch.setattr(stages, "opened", lambda config, *rest: seen.append(config) or exit_early())
 
     def exit_early():
         raise InputError("stop", expected="here", got="here")
@@ -88,7 +88,7 @@ def test_default_folder_is_named_by_the_settings(tmp_path, monkeypatch):
         seen.append(root)
         raise InputError("stop", expected="here", got="here")
 
-    monkeypatch.setattr(experiment, "Run", stop)
+    monkeypatch.setattr(stages, "opened", stop)
     cli.main(["run", "--seed", "1"])
     cli.main(["run", "--seed", "2"])
     assert seen[0] != seen[1]
@@ -131,7 +131,7 @@ def test_warnings_are_one_line_each_and_once(run_dir, tmp_path, monkeypatch, cap
             warnings.warn(text, stacklevel=1)
         raise InputError("stop", expected="here", got="here")
 
-    monkeypatch.setattr(experiment, "Run", noisy)
+    monkeypatch.setattr(stages, "opened", noisy)
     assert cli.main(["run", "--run-dir", str(tmp_path)]) == 2
     error = "error: stop: expected here, got here"
     assert capsys.readouterr().err.splitlines() == [
@@ -464,13 +464,18 @@ def ticket_of(source):
     return (source.network.params, source.mask, source.gain)
 
 
+def opened(root):
+    folder = RunFolder.open(root)
+    return Problem(folder.config), folder.paths
+
+
 def test_saved_ticket_alone_and_in_its_run(run_dir, tmp_path):
     """A file gives what its run gives, also without the run."""
-    run = experiment.open_run(run_dir)
+    problem, paths = opened(run_dir)
     rng = np.random.default_rng(0)
     np.save(tmp_path / "images.npy", rng.uniform(size=(3, 8, 8, 1)))
-    for state, load in (("initial", run.load_ticket), ("trained", run.load_trained)):
-        inside = run.paths.ticket("random") if state == "initial" else run.paths.trained("random")
+    for state, where in (("initial", paths.ticket), ("trained", paths.trained)):
+        inside = where("random")
         alone = tmp_path / f"{state}.safetensors"
         shutil.copyfile(inside, alone)
         sources = [
@@ -480,7 +485,7 @@ def test_saved_ticket_alone_and_in_its_run(run_dir, tmp_path):
         ]
         kernels = []
         for source in sources:
-            assert same(ticket_of(source), load("random"))
+            assert same(ticket_of(source), problem.load(inside))
             images = inspection.choose_inputs(source, images=tmp_path / "images.npy")
             plan = inspection.plan(source, images, "trace")
             kernels.append(inspection.compute(source, images, plan).kernel)
@@ -488,7 +493,7 @@ def test_saved_ticket_alone_and_in_its_run(run_dir, tmp_path):
         np.testing.assert_allclose(kernels[0], kernels[2], rtol=1e-5)
         assert [source.run is None for source in sources] == [False, False, True]
         assert sources[1].state == state
-    assert not same(run.load_ticket("random"), run.load_trained("random"))
+    assert not same(*map(problem.load, (paths.ticket("random"), paths.trained("random"))))
 
 
 def test_dense_network_is_taken_without_a_mask(run_dir):
@@ -498,25 +503,25 @@ def test_dense_network_is_taken_without_a_mask(run_dir):
 
 
 def test_checkpoint_of_a_training(run_dir):
-    run = experiment.open_run(run_dir)
+    problem, paths = opened(run_dir)
     folder = run_dir / "checkpoints" / "train-random"
     for place in (folder, folder / "3"):
         source = inspection.open_source(str(place))
-        assert same(ticket_of(source), run.load_trained("random"))
-        assert not same(source.network.params, run.load_ticket("random").params)
+        assert same(ticket_of(source), problem.load(paths.trained("random")))
+        assert not same(source.network.params, problem.load(paths.ticket("random")).params)
         assert (source.name, source.state) == ("random", "train step 18")
     images = inspection.choose_inputs(source, "clean")
-    np.testing.assert_array_equal(images.x1, run.probe[0])
+    np.testing.assert_array_equal(images.x1, problem.probe[0])
     file = inspection.default_file(source, images, inspection.plan(source, images))
-    assert file == run.paths.figures / "kernel-random-train-step-18-clean.npz"
+    assert file == paths.figures / "kernel-random-train-step-18-clean.npz"
 
 
 def test_checkpoint_of_a_search(ticket_dir):
     root, _ = ticket_dir
-    run = experiment.open_run(root)
+    problem, paths = opened(root)
     source = inspection.open_source(str(root / "checkpoints" / "search-ticket"))
-    assert same(ticket_of(source), run.load_ticket("ticket"))
-    assert not same(source.network.params, run.load_ticket("random").params)
+    assert same(ticket_of(source), problem.load(paths.ticket("ticket")))
+    assert not same(source.network.params, problem.load(paths.ticket("random")).params)
     assert source.state == "search step 6"
 
 

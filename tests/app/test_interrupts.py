@@ -15,8 +15,7 @@ import pytest
 
 from ntk_awt.app import config as configs
 from ntk_awt.app.cli import commands as cli
-from ntk_awt.app.run import stages as experiment
-from tests.app.run.test_stages import CONFIG, numbers, records
+from tests.app.run.test_stages import CONFIG, numbers, records, run
 
 COMMAND = """
 import signal, sys
@@ -85,7 +84,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     config = dataclasses.replace(CONFIG, networks=("dense",))
     configs.save(config, folder / "config.toml")
-    experiment.Run(config, folder / "run").run()
+    run(config, folder / "run")
     return folder
 
 

@@ -14,7 +14,9 @@ from ntk_awt.app import config as configs
 from ntk_awt.app import linear as linear_study
 from ntk_awt.app.cli import commands as cli
 from ntk_awt.app.config import ThreatConfig
-from ntk_awt.app.run import stages as experiment
+from ntk_awt.app.run import stages
+from ntk_awt.app.run.folder import Paths
+from ntk_awt.app.run.problem import Problem
 from ntk_awt.errors import InputError
 from ntk_awt.theory import linear
 from ntk_awt.theory.linear.studies import in_parallel
@@ -318,7 +320,7 @@ STRONG = dataclasses.replace(
 )
 
 
-def inside(threat: Any, moved: np.ndarray, run: experiment.Run) -> bool:
+def inside(threat: Any, moved: np.ndarray, run: Problem) -> bool:
     signal = threats.class_mean_basis(run.dataset.x_train, run.dataset.y_train)
     assert isinstance(threat, threats.StrongL2)
     lengths = np.linalg.norm(moved, axis=1), np.linalg.norm(moved @ signal, axis=1)
@@ -328,14 +330,15 @@ def inside(threat: Any, moved: np.ndarray, run: experiment.Run) -> bool:
 
 def test_evaluate_under_the_strong_threat(monkeypatch, tmp_path):
     """The run's signal, the radius of the command line."""
-    run = experiment.Run(STRONG, tmp_path)
+    run = Problem(STRONG)
+    configs.save(STRONG, tmp_path / "config.toml")
     seen = []
 
-    def stop(self: Any, name: str, settings: Any, threat: Any) -> None:
-        seen.append(self.make_threat(threat))
+    def stop(problem: Any, paths: Any, name: str, settings: Any, threat: Any, **rest: Any) -> None:
+        seen.append(problem.make_threat(threat))
         raise InputError("stop", expected="here", got="here")
 
-    monkeypatch.setattr(experiment.Run, "assess", stop)
+    monkeypatch.setattr(stages, "assess", stop)
     assert cli.main(["evaluate", str(tmp_path), "--epsilon", "2"]) == 2
     (threat,) = seen
     assert isinstance(threat, threats.StrongL2)
@@ -354,10 +357,10 @@ def test_run_under_the_strong_threat(tmp_path):
     assert (folder / "report.html").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert set(results["networks"]) == {"dense", "ticket"}
-    run = experiment.open_run(folder)
+    run = Problem(settings)
     clean, attacked = (np.asarray(part, np.float64).reshape(4, -1) for part in run.probe)
     assert inside(run.threat, attacked - clean, run)
-    with np.load(run.paths.evaluation("ticket")) as file:
+    with np.load(Paths(folder).evaluation("ticket")) as file:
         shown = file["examples"].astype(np.float64) - file["clean"]
     assert inside(run.threat, shown.reshape(len(shown), -1), run)
 

@@ -17,7 +17,8 @@ from ntk_awt.app.config import (
     TrainConfig,
     VariantConfig,
 )
-from ntk_awt.app.names import Trained, resolve
+from ntk_awt.app.names import Trained
+from ntk_awt.app.run.methods import Baseline, Dense, File, Pipeline, Search, check_names, resolve
 from ntk_awt.attacks import PGD
 from ntk_awt.errors import InputError
 from ntk_awt.threats import Linf
@@ -26,19 +27,19 @@ from ntk_awt.threats import Linf
 @pytest.mark.parametrize(
     ("name", "kind", "method"),
     [
-        ("dense", "dense", "dense"),
-        ("ticket", "search", "awt"),
-        ("awt-scores", "search", "awt-scores"),
-        ("ntt", "search", "awt"),
-        ("snip", "baseline", "snip"),
-        ("hydra", "pipeline", "hydra"),
-        ("some/file.safetensors", "file", "some/file.safetensors"),
+        ("dense", Dense, "dense"),
+        ("ticket", Search, "awt"),
+        ("awt-scores", Search, "awt-scores"),
+        ("ntt", Search, "awt"),
+        ("snip", Baseline, "snip"),
+        ("hydra", Pipeline, "hydra"),
+        ("some/file.safetensors", File, "some/file.safetensors"),
     ],
 )
 def test_names(name, kind, method):
     found = resolve(RunConfig(), name)
-    assert (found.kind, found.name) == (kind, method)
-    assert kind != "search" or found.ticket.solver == method
+    assert (type(found), found.name) == (kind, method)
+    assert kind is not Search or found.ticket.solver == method
 
 
 def test_variants_change_the_run_s_settings():
@@ -57,7 +58,7 @@ def test_variants_change_the_run_s_settings():
     assert (wide.ticket.jacobian, wide.ticket.patience, wide.ticket.solver) == ("full", 2, "awt")
     assert resolve(config, "mine").name == "concrete"
     assert resolve(config, "rnd").mask.allocation == "uniform"
-    methods.check(config)
+    check_names(config)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_variants_change_the_run_s_settings():
 def test_bad_names_and_variants(variants, networks, message):
     config = RunConfig(networks=networks, variants=variants)
     with pytest.raises(InputError, match=message):
-        methods.check(config)
+        check_names(config)
 
 
 # ---------------------------------------------------------------- after dense training
@@ -153,4 +154,4 @@ def test_every_name_has_a_way_and_a_contract(start):
 
 def test_presets_are_known_methods():
     for name in tickets.PRESETS:
-        assert resolve(RunConfig(), name).kind == "search"
+        assert isinstance(resolve(RunConfig(), name), Search)

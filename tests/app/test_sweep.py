@@ -12,8 +12,10 @@ import scipy.stats
 
 from ntk_awt.app import sweep
 from ntk_awt.app.cli import commands as cli
-from ntk_awt.app.run import stages as experiment
-from ntk_awt.app.run.stages import Paths, Silent
+from ntk_awt.app.run import stages
+from ntk_awt.app.run.folder import Paths
+from ntk_awt.app.run.methods import check_names
+from ntk_awt.app.run.writer import Silent
 from ntk_awt.app.verdicts import count
 from ntk_awt.errors import InputError
 
@@ -75,7 +77,7 @@ EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 def test_experiment_files_name_what_there_is(path, quick):
     config = sweep.load(path, quick=quick)
     for density in config.densities:
-        experiment.check_names(config.run(density, config.seeds[0]))
+        check_names(config.run(density, config.seeds[0]))
     assert {"dense", *config.base.variants} <= {*config.base.networks} or quick
 
 
@@ -187,7 +189,7 @@ def test_the_table_is_that_of_the_runs(finished, file):
 
 def test_a_failed_check_of_a_sweep_is_seen(finished, file, tmp_path, monkeypatch, capsys):
     """Exit code 1 with --strict, and one verdict a network, density and seed."""
-    monkeypatch.setattr(experiment.report, "write", lambda root: None)  # the runs' pages stay
+    monkeypatch.setattr(stages.report, "write", lambda root: None)  # the runs' pages stay
     root = tmp_path / "sweep"
     shutil.copytree(finished, root)
     path = Paths(sweep.folder(root, 0.3, 0)).metrics

@@ -73,7 +73,7 @@ class Bars:
 
     @contextmanager
     def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
-        """See `experiment.Reporter.bar`."""
+        """See `run.writer.Reporter.bar`."""
         columns = (
             TextColumn("{task.description:<18}"),
             BarColumn(),
@@ -125,14 +125,10 @@ class Settings:
     run_dir: Path | None = None
     """Folder of the run; runs/NAME, a name made from the settings, if not given."""
 
-    def open(self):
-        """The run, with progress bars."""
-        from ntk_awt.app.run.stages import Run
-
-        root = self.run_dir or Path("runs") / configs.run_name(self.config)
-        opened = Run(self.config, root, Bars())
-        kept.append(root)
-        return opened
+    @property
+    def root(self) -> Path:
+        """The run folder."""
+        return self.run_dir or Path("runs") / configs.run_name(self.config)
 
 
 @dataclass(frozen=True)
@@ -181,25 +177,36 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
 
 def run(settings: RunSettings) -> int:
     """Find the ticket, train and compare all networks, write the report."""
-    opened = settings.open()
-    results = opened.run()
+    from ntk_awt.app.run import stages
+    from ntk_awt.app.run.folder import RunFolder, is_complete
+
+    root = settings.root
+    if is_complete(root, settings.config):
+        results = RunFolder.open(root).results
+        console.print(f"complete: {root}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        with stages.opened(settings.config, root, Bars()) as (problem, writer):
+            kept.append(root)
+            results = stages.run(problem, writer)
     verdicts = of_run(results)
     console.print(_networks_table(results, verdicts))
-    print(f"report: {opened.paths.report}")
+    print(f"report: {root / 'report.html'}")
     return _say(verdicts.values(), strict=settings.strict)
 
 
 def ticket(settings: Settings) -> int:
     """Make every network at initialisation (search included) and stop there."""
     from ntk_awt import masks
-    from ntk_awt.app.names import ordered
+    from ntk_awt.app.run import stages
 
-    opened = settings.open()
-    opened.make_tickets()
-    for name in ordered(settings.config.networks):
-        found = opened.load_ticket(name)
+    with stages.opened(settings.config, settings.root, Bars()) as (problem, writer):
+        kept.append(settings.root)
+        stages.make_tickets(problem, writer)
+    for name in writer.folder.networks:
+        path = writer.paths.ticket(name)
+        found = problem.load(path)
         console.print(_layers_table(name, masks.statistics(found.mask, found.gain)))
-        print(f"ticket: {opened.paths.ticket(name)}")
+        print(f"ticket: {path}")
     return 0
 
 
@@ -214,18 +221,18 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = (), strict: boo
             `run --networks` takes.
         strict: exit with 1 if a hygiene check of a network fails.
     """
-    from ntk_awt.app.names import network_label
-    from ntk_awt.app.run.stages import Run, open_run
+    from ntk_awt.app.run import stages
+    from ntk_awt.app.run.folder import RunFolder, network_label
 
-    config = open_run(run_dir).config
+    config = RunFolder.open(run_dir).config
     more = tuple(name for name in networks if name not in config.networks)
     config = dataclasses.replace(config, networks=config.networks + more)
-    opened = Run(config, run_dir, Bars())
-    kept.append(run_dir)
-    opened.make_tickets()
-    opened.train(tuple(map(network_label, networks)))
+    with stages.opened(config, run_dir, Bars()) as (problem, writer):
+        kept.append(run_dir)
+        stages.make_tickets(problem, writer)
+        stages.train(problem, writer, tuple(map(network_label, networks)))
     print(f"trained: {run_dir / 'trained'}")
-    found = opened.verdicts()
+    found = writer.folder.verdicts()
     code = _say(found, strict=strict)
     if any(one.status == NOT_JUDGED for one in found):
         print(f"to judge them: {shlex.join(['ntk-awt', 'evaluate', str(run_dir)])}")

@@ -1,1 +1,1 @@
-"""One configuration in one folder: the folder, its records and the stages that fill it."""
+"""One configuration in one folder: its readers, its one writer, its records and stages."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +32,13 @@ from ntk_awt.app.config import (
     TrainConfig,
 )
 from ntk_awt.app.report import page as report
-from ntk_awt.app.run import stages as experiment
+from ntk_awt.app.run import records as rows
+from ntk_awt.app.run import stages
+from ntk_awt.app.run.folder import Paths, RunFolder
+from ntk_awt.app.run.methods import Baseline, Search
+from ntk_awt.app.run.problem import Problem
+from ntk_awt.app.run.records import Made
+from ntk_awt.app.run.writer import Silent, Writer
 from ntk_awt.attacks import AUTO
 from ntk_awt.errors import InputError
 from ntk_awt.robustness import suite as assessment
@@ -55,12 +62,30 @@ CONFIG = RunConfig(
 NAMES = ["dense", "ticket", "random"]
 
 
+class Finished(NamedTuple):
+    """A finished run: what it is about, and where it lies."""
+
+    problem: Problem
+    paths: Paths
+
+    def assess(self, name, settings=None, threat_config=None):
+        return stages.assess(
+            self.problem, self.paths, name, settings, threat_config, bar=Silent().bar
+        )
+
+
+def run(config: RunConfig, root: Path) -> dict:
+    """All stages of a run."""
+    with stages.opened(config, root) as (problem, writer):
+        return stages.run(problem, writer)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> experiment.Run:
+def finished(tmp_path_factory) -> Finished:
     """One uninterrupted run; tests must leave its folder as it is."""
-    run = experiment.Run(CONFIG, tmp_path_factory.mktemp("runs") / "whole")
-    run.run()
-    return run
+    root = tmp_path_factory.mktemp("runs") / "whole"
+    run(CONFIG, root)
+    return Finished(Problem(CONFIG), Paths(root))
 
 
 def numbers(root: Path) -> dict:
@@ -146,13 +171,15 @@ def test_numbers_in_results_are_those_of_the_records(finished):
 
 
 def test_networks_share_density_of_each_layer_and_pruned_weights_stay_zero(finished):
-    tickets = {name: finished.load_trained(name) for name in ("ticket", "random")}
+    tickets = {
+        name: finished.problem.load(finished.paths.trained(name)) for name in ("ticket", "random")
+    }
     layers = {
         name: [row.kept for row in masks.statistics(t.mask, t.gain)] for name, t in tickets.items()
     }
     assert layers["ticket"] == layers["random"]
     for name, ticket in tickets.items():
-        start = finished.load_ticket(name)
+        start = finished.problem.load(finished.paths.ticket(name))
         for w, m, w0 in zip(
             *map(jax.tree.leaves, (ticket.params, ticket.mask, start.params)), strict=True
         ):
@@ -161,7 +188,7 @@ def test_networks_share_density_of_each_layer_and_pruned_weights_stay_zero(finis
 
 
 def test_probe_is_fixed_perturbed_and_in_the_threat_set(finished):
-    clean, perturbed = finished.probe
+    clean, perturbed = finished.problem.probe
     distance = np.abs(np.asarray(perturbed, float) - np.asarray(clean, float))
     assert 0.05 < distance.max() <= 0.1
 
@@ -209,7 +236,7 @@ import os, signal, sys
 from pathlib import Path
 from ntk_awt import checkpoints
 from ntk_awt.app import config
-from ntk_awt.app.run import stages as experiment
+from ntk_awt.app.run import stages
 
 saves, limit = 0, int(sys.argv[3])
 save = checkpoints.Checkpoints.save
@@ -220,7 +247,8 @@ def counted(self, step, state):
     saves += 1
     save(self, step, state)
 checkpoints.Checkpoints.save = counted
-experiment.Run(config.load(Path(sys.argv[1])), Path(sys.argv[2])).run()
+with stages.opened(config.load(Path(sys.argv[1])), Path(sys.argv[2])) as opened:
+    stages.run(*opened)
 """
 
 
@@ -232,8 +260,10 @@ def test_kill_during_search_and_training_changes_no_number(finished, tmp_path):
         command = [sys.executable, "-c", KILLED, str(file), str(root), str(saves)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
+        assert Paths(root).lock.exists()  # the file is left, the lock is free
     assert records(root)[-1]["network"] == "dense"  # the second kill hit the dense training
-    experiment.Run(CONFIG, root).run()
+    run(CONFIG, root)
+    assert not Paths(root).lock.exists()
     assert numbers(root) == numbers(finished.paths.root)
     same_arrays(finished.paths.root, root)
     assert records(root) == records(finished.paths.root)
@@ -244,15 +274,15 @@ def test_ctrl_c_says_how_to_resume_and_that_command_finishes(
 ):
     file, root = tmp_path / "config.toml", tmp_path / "interrupted"
     configs.save(CONFIG, file)
-    add, calls = experiment.Log.add, []
+    add, calls = Writer.add, []
 
-    def interrupting(self, rows):
-        add(self, rows)
-        calls.append(rows)
+    def interrupting(self, new):
+        add(self, new)
+        calls.append(new)
         if len(calls) == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment.Log, "add", interrupting)
+    monkeypatch.setattr(Writer, "add", interrupting)
     assert cli.main(["run", "--config", str(file), "--run-dir", str(root)]) == 130
     monkeypatch.undo()
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -263,36 +293,37 @@ def test_ctrl_c_says_how_to_resume_and_that_command_finishes(
 
 
 def test_a_line_cut_by_a_kill_is_dropped(finished, tmp_path):
+    configs.save(CONFIG, tmp_path / "config.toml")
     path = tmp_path / "metrics.jsonl"
     lines = finished.paths.metrics.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:20])
-    log = experiment.Log(path)
-    assert [json.dumps(row) + "\n" for row in log.rows] == lines[:5]
-    log.add([json.loads(lines[5])])
+    read = RunFolder.open(tmp_path).records
+    assert [json.dumps(row.to_row()) + "\n" for row in read] == lines[:5]
+    with Writer(CONFIG, tmp_path) as writer:
+        assert writer.records == read
+        writer.add([rows.from_row(json.loads(lines[5]))])
     assert path.read_text() == "".join(lines[:6])
 
 
 def test_a_step_said_again_replaces_what_came_after_it(tmp_path):
-    log = experiment.Log(tmp_path / "metrics.jsonl")
-    row = {"stage": "ticket", "network": "a"}
-    log.add([row | {"step": step, "seconds": 0} for step in (1, 2, 3)])
-    log.add([row | {"network": "b", "step": 1, "seconds": 0}])
-    log.add([row | {"step": 2, "seconds": 1}])
-    kept = [
-        (r["network"], r["step"], r["seconds"])
-        for r in experiment.Log(tmp_path / "metrics.jsonl").rows
-    ]
-    assert kept == [("a", 1, 0), ("b", 1, 0), ("a", 2, 1)]
+    with Writer(CONFIG, tmp_path / "run") as writer:
+        writer.add([Made("a", step, 0) for step in (1, 2, 3)])
+        writer.add([Made("b", 1, 0)])
+        writer.add([Made("a", 2, 1)])
+    kept = [Made("a", 1, 0), Made("b", 1, 0), Made("a", 2, 1)]
+    assert RunFolder.open(tmp_path / "run").records == writer.records == kept
 
 
 def test_finished_stages_are_skipped(finished, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for name in ("_search", "_train", "assess"):
-        monkeypatch.setattr(experiment.Run, name, fail)
+    for made in (Search, Baseline):
+        monkeypatch.setattr(made, "make", fail)
+    monkeypatch.setattr(stages.training, "fit", fail)
+    monkeypatch.setattr(stages, "assess", fail)
     before = numbers(finished.paths.root)
-    experiment.Run(CONFIG, finished.paths.root).run()
+    run(CONFIG, finished.paths.root)
     assert numbers(finished.paths.root) == before
 
 
@@ -300,11 +331,11 @@ def test_a_network_can_join_and_a_saved_ticket_can_be_used(finished, tmp_path):
     """A ticket file as a network gives the numbers of the network that it came from."""
     root = tmp_path / "joined"
     short = dataclasses.replace(CONFIG, networks=("dense",))
-    experiment.Run(short, root).run()
+    run(short, root)
     file = tmp_path / "mine.safetensors"
     file.write_bytes(finished.paths.ticket("random").read_bytes())
     joined = dataclasses.replace(CONFIG, networks=("dense", str(file)))
-    results = experiment.Run(joined, root).run()
+    results = run(joined, root)
     assert list(results["networks"]) == ["dense", "mine"]
     wanted = numbers(finished.paths.root)["networks"]
     assert results["networks"]["mine"] == wanted["random"]
@@ -317,15 +348,15 @@ def test_a_network_can_join_and_a_saved_ticket_can_be_used(finished, tmp_path):
 def test_folder_of_another_run_is_refused(finished):
     other = dataclasses.replace(CONFIG, mask=MaskConfig(density=0.2))
     with pytest.raises(InputError, match=r"setting mask.density: expected 0.3 .* got 0.2"):
-        experiment.Run(other, finished.paths.root)
+        run(other, finished.paths.root)
 
 
 def test_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="something else"):
-        experiment.Run(CONFIG, tmp_path)
+        run(CONFIG, tmp_path)
     with pytest.raises(InputError, match="something else"):
-        experiment.Run(CONFIG, tmp_path / "thesis.tex")
+        run(CONFIG, tmp_path / "thesis.tex")
 
 
 @pytest.mark.parametrize(
@@ -352,7 +383,7 @@ def test_folder_with_other_files_is_refused(tmp_path):
 def test_bad_settings_are_named_before_anything_is_written(tmp_path, changes, message):
     root = tmp_path / "run"
     with pytest.raises(InputError, match=message):
-        experiment.Run(dataclasses.replace(CONFIG, **changes), root)
+        run(dataclasses.replace(CONFIG, **changes), root)
     assert not root.exists()
 
 
@@ -391,10 +422,10 @@ def test_evaluation_under_another_threat(finished, tmp_path):
     """ε = 0 gives the natural accuracy, a huge ε gives none; the run's own outcomes stay."""
     root = tmp_path / "run"
     shutil.copytree(finished.paths.root, root)
-    run = experiment.Run(CONFIG, root)
-    none = run.assess("dense", threat_config=ThreatConfig(epsilon=0.0)).outcome
+    copy = finished._replace(paths=Paths(root))
+    none = copy.assess("dense", threat_config=ThreatConfig(epsilon=0.0)).outcome
     assert none.robust == none.natural
-    everything = run.assess("dense", threat_config=ThreatConfig(epsilon=1.0)).outcome
+    everything = copy.assess("dense", threat_config=ThreatConfig(epsilon=1.0)).outcome
     assert everything.robust.value < 0.2
     same_arrays(finished.paths.root, root)
 
@@ -426,11 +457,11 @@ def test_the_order_of_attacks_does_not_change_the_worst_case(finished, tmp_path,
     monkeypatch.setattr(assessment.hygiene, "check", lambda *arguments, **options: None)
     root = tmp_path / "run"
     shutil.copytree(finished.paths.root, root)
-    run = experiment.Run(CONFIG, root)
+    copy = finished._replace(paths=Paths(root))
 
     def robust(*attacks):
         settings = dataclasses.replace(CONFIG.evaluation, attacks=attacks)
-        found = run.assess("random", settings)
+        found = copy.assess("random", settings)
         tried = [turn.attacked for turns in found.turns.values() for turn in turns]
         return found.outcome.robust_correct, tried
 
@@ -446,9 +477,9 @@ def test_attacks_that_were_made_are_not_made_again(finished, tmp_path, monkeypat
     """The rest of `auto` goes on where a kill left it, with the same numbers."""
     root = tmp_path / "run"
     shutil.copytree(finished.paths.root, root)
-    run = experiment.Run(CONFIG, root)
+    copy = finished._replace(paths=Paths(root))
     settings = dataclasses.replace(CONFIG.evaluation, full_evaluation=True, evaluation_steps=2)
-    whole = run.assess("dense", settings)
+    whole = copy.assess("dense", settings)
     assert [turn.attack for turn in whole.turns["auto"]] == list(AUTO)
     left = [turn.survived for turn in whole.turns["auto"]]
     assert left == sorted(left, reverse=True)
@@ -465,7 +496,7 @@ def test_attacks_that_were_made_are_not_made_again(finished, tmp_path, monkeypat
         return honest(*args, **kwargs)
 
     monkeypatch.setattr(assessment, "evaluate", counted)
-    again = run.assess("dense", settings)
+    again = copy.assess("dense", settings)
     assert made == ["FAB"]
     assert again.table() == whole.table()
 
@@ -491,7 +522,7 @@ def test_convolutional_networks_on_real_images(real_data, tmp_path, model, data)
         train=TrainConfig(epochs=1, batch_size=50, loss="trades"),
         record=RecordConfig(probe_size=2),
     )
-    results = experiment.Run(config, tmp_path / "run").run()
+    results = run(config, tmp_path / "run")
     for name in ("ticket", "magnitude"):
         values = results["networks"][name]
         assert values["density"] == pytest.approx(0.1, abs=1e-4)
