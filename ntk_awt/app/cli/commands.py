@@ -177,7 +177,6 @@ def run_sweep(path: Path, settings: SweepSettings) -> int:
 
 def run(settings: RunSettings) -> int:
     """Find the ticket, train and compare all networks, write the report."""
-    from ntk_awt.app.run import stages
     from ntk_awt.app.run.folder import RunFolder, is_complete
 
     root = settings.root
@@ -185,6 +184,8 @@ def run(settings: RunSettings) -> int:
         results = RunFolder.open(root).results
         console.print(f"complete: {root}", markup=False, highlight=False, soft_wrap=True)
     else:
+        from ntk_awt.app.run import stages
+
         with stages.opened(settings.config, root, Bars()) as (problem, writer):
             kept.append(root)
             results = stages.run(problem, writer)
