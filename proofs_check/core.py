@@ -3,10 +3,11 @@
 A statement's check measures both sides on real instances and hands them to a rule: `below` (a bound
 is not violated), `close` (two computations agree) or `slope` (a quantity scales with a power). The
 same rule, on an instance that breaks a hypothesis or with a wrong formula, must say no: those are
-the *controls*, and a statement whose controls are not all rejected fails.
+the *controls*. A `Recorder` keeps what was judged. A statement fails if a case does not hold, if a
+control is not rejected, or if no control breaks one of its hypotheses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -18,6 +19,9 @@ from ntk_awt.errors import InputError
 Size = Literal["reduced", "default", "full"]
 SIZES: tuple[Size, ...] = ("reduced", "default", "full")
 """How much is computed: for the test suite, for `ntk-awt verify`, for `ntk-awt verify --full`."""
+
+FORMULA = "formula"
+"""What a control breaks that breaks no hypothesis: the formula, or a constant in it."""
 
 T = TypeVar("T")
 
@@ -48,11 +52,13 @@ class Control(NamedTuple):
         name: what is wrong with it.
         rejected: whether the statement's own rule said no, or the library refused the input.
         measured: how it was rejected, or what was found in its place.
+        breaks: the hypothesis by its name, or `FORMULA`.
     """
 
     name: str
     rejected: bool
     measured: str
+    breaks: str = FORMULA
 
 
 class Line(NamedTuple):
@@ -124,12 +130,11 @@ class Statement:
         title: a few words.
         claim: the statement in plain text.
         formula: the same in symbols.
-        hypotheses: what it takes for granted; the controls break them.
+        hypotheses: what it takes for granted, by name; a control breaks each of them.
         instances: what it is checked on.
         rule: when it passes.
         tolerance: where the rule's tolerance comes from.
         source: papers.
-        check: computes everything.
         precision: "float64", or "float32" where float64 would make the widths of the statement too
             slow and its tolerance is far above the rounding.
     """
@@ -138,12 +143,11 @@ class Statement:
     title: str
     claim: str
     formula: str
-    hypotheses: tuple[str, ...]
+    hypotheses: Mapping[str, str] | tuple[str, ...]
     instances: str
     rule: str
     tolerance: str
     source: str
-    check: Callable[[Context], Outcome]
     precision: Literal["float64", "float32"] = "float64"
 
 
@@ -265,19 +269,91 @@ def slope(name: str, sizes: Any, values: Any, *, low: float, high: float) -> Cas
 # ---------------------------------------------------------------- controls
 
 
-def rejects(name: str, case: Case) -> Control:
+def rejects(name: str, case: Case, breaks: str = FORMULA) -> Control:
     """A control: the statement's rule, applied to a broken instance, must say no.
 
     By finite numbers: where one is missing nothing has been shown.
     """
     rejected = not case.holds and np.isfinite(case.margin)
-    return Control(name, bool(rejected), f"{case.name}: {case.measured}")
+    return Control(name, bool(rejected), f"{case.name}: {case.measured}", breaks)
 
 
-def refuses(name: str, call: Callable[[], Any]) -> Control:
+def refuses(name: str, call: Callable[[], Any], breaks: str = FORMULA) -> Control:
     """A control: the library must refuse the broken instance with an `InputError`."""
     try:
         call()
     except InputError as error:
-        return Control(name, True, f"refused: {error}")
-    return Control(name, False, "was not refused")
+        return Control(name, True, f"refused: {error}", breaks)
+    return Control(name, False, "was not refused", breaks)
+
+
+# ---------------------------------------------------------------- the record of a check
+
+
+class Recorder:
+    """Keeps what the check of a statement finds, in its order.
+
+    Args:
+        statement: its hypotheses are the names that controls may break.
+
+    Example:
+        >>> square = Statement(
+        ...     "X1", "squares", "x² grows like x²", "x² = x·x", {"real": "x is a real number"},
+        ...     "x = 3", "equal", "none", "here",
+        ... )
+        >>> check = Recorder(square)
+        >>> check.close("x = 3", 3.0**2, 9.0, tolerance=1e-15)
+        >>> check.control("x = 3i", close("x²", (3j**2).real, 9.0, tolerance=1e-15), breaks="real")
+        >>> check.outcome().controls[0].rejected
+        True
+    """
+
+    def __init__(self, statement: Statement):
+        self.statement = statement
+        self._cases: list[Case] = []
+        self._controls: list[Control] = []
+        self._panels: list[Panel] = []
+        self._skipped: list[str] = []
+
+    def outcome(self) -> Outcome:
+        """All that was recorded."""
+        return Outcome(
+            tuple(self._cases), tuple(self._controls), tuple(self._panels), tuple(self._skipped)
+        )
+
+    def case(self, *cases: Case) -> None:
+        """Record what was judged by a rule of the statement's own."""
+        self._cases += cases
+
+    def below(self, name: str, actual: Any, bound: Any, *, slack: float = 1e-9) -> None:
+        """Judge by `below`, and record."""
+        self.case(below(name, actual, bound, slack=slack))
+
+    def close(self, name: str, found: Any, expected: Any, *, tolerance: float) -> None:
+        """Judge by `close`, and record."""
+        self.case(close(name, found, expected, tolerance=tolerance))
+
+    def slope(self, name: str, sizes: Any, values: Any, *, low: float, high: float) -> None:
+        """Judge by `slope`, and record."""
+        self.case(slope(name, sizes, values, low=low, high=high))
+
+    def control(self, name: str, broken: Case | Callable[[], Any], *, breaks: str) -> None:
+        """Record a control: a case that its rule must reject, or a call that must be refused.
+
+        Args:
+            name: what is wrong.
+            broken: the case, judged; or a call that must end with an `InputError`.
+            breaks: name of a hypothesis, or `FORMULA`.
+        """
+        if breaks != FORMULA and breaks not in self.statement.hypotheses:
+            raise ValueError(f"{name}: {self.statement.number} has no hypothesis {breaks!r}")
+        judge = rejects if isinstance(broken, Case) else refuses
+        self._controls.append(judge(name, broken, breaks))  # pyright: ignore[reportArgumentType]
+
+    def panel(self, *panels: Panel) -> None:
+        """Record plots of the statement's figure."""
+        self._panels += panels
+
+    def skip(self, *reasons: str) -> None:
+        """Record instances that could not be run here, each with its reason."""
+        self._skipped += reasons

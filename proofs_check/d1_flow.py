@@ -29,6 +29,27 @@ from proofs_check.core import (
     slope,
 )
 
+STATEMENT = Statement(
+    number="D1",
+    title="Flow of adversarial training",
+    claim="a gradient step on the adversarial risk moves the outputs along the mixed tangent "
+    "kernel, up to the square of the step",
+    formula="df_t(x)/dt = −(1/N) Σ_j Θ_t(x, x̃_j) g_j;  "
+    "‖f_{t+η}(X) − f_t(X) + (η/N) Θ_t(X, X̃) g‖ = O(η²)",
+    hypotheses=(
+        "twice differentiable activation",
+        "the adversarial inputs stay where they are during the step",
+        "columns of the kernel at the adversarial inputs; Jacobian of the masked network",
+    ),
+    instances="a dense MLP with tanh, a masked one with GELU, a masked CNN with tanh; both losses, "
+    "inputs by PGD in L∞ and L2 balls; the step halved five times",
+    rule="slope of the remainder in η inside 2 ± 0.1 (95 % interval over seeds); the instantaneous "
+    "change equals forward differentiation along −∇R_adv",
+    tolerance="slope: the cubic term bends it by about 0.01 (see SHARE); 1e-12 and 1e-10: rounding "
+    "of sums over outputs, and over parameters, in float64",
+    source="Shi et al. 2022 (AISTATS); Jacot et al. 2018",
+)
+
 CLASSES = 3
 LOSSES = ("cross-entropy", "squared")
 SHARE = 0.01
@@ -260,26 +281,3 @@ def _panel(name: str, right: np.ndarray, clean: np.ndarray) -> Panel:
         ],
         xscale="log",
     )
-
-
-STATEMENT = Statement(
-    number="D1",
-    title="Flow of adversarial training",
-    claim="a gradient step on the adversarial risk moves the outputs along the mixed tangent "
-    "kernel, up to the square of the step",
-    formula="df_t(x)/dt = −(1/N) Σ_j Θ_t(x, x̃_j) g_j;  "
-    "‖f_{t+η}(X) − f_t(X) + (η/N) Θ_t(X, X̃) g‖ = O(η²)",
-    hypotheses=(
-        "twice differentiable activation",
-        "the adversarial inputs stay where they are during the step",
-        "columns of the kernel at the adversarial inputs; Jacobian of the masked network",
-    ),
-    instances="a dense MLP with tanh, a masked one with GELU, a masked CNN with tanh; both losses, "
-    "inputs by PGD in L∞ and L2 balls; the step halved five times",
-    rule="slope of the remainder in η inside 2 ± 0.1 (95 % interval over seeds); the instantaneous "
-    "change equals forward differentiation along −∇R_adv",
-    tolerance="slope: the cubic term bends it by about 0.01 (see SHARE); 1e-12 and 1e-10: rounding "
-    "of sums over outputs, and over parameters, in float64",
-    source="Shi et al. 2022 (AISTATS); Jacot et al. 2018",
-    check=check,
-)

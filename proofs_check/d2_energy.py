@@ -30,6 +30,26 @@ from proofs_check.core import (
     rejects,
 )
 
+STATEMENT = Statement(
+    number="D2",
+    title="Energy of adversarial training",
+    claim="along gradient flow the adversarial risk falls by the square of its gradient, taken at "
+    "the maximisers",
+    formula="dR_adv/dt = −‖∇_θ R_adv‖²",
+    hypotheses=(
+        "the attack finds the exact maximum",
+        "the maximiser is unique for every point (in an L∞ ball: no w_i is 0)",
+        "the loss is differentiable in the parameters",
+    ),
+    instances="linear models with logistic, squared-hinge and squared loss in L∞, L2 and strong L2 "
+    "balls, and with the first two losses a monotone two-layer network on the line, at the "
+    "instants of a training",
+    rule="central and forward differences of the risk along −∇, the inner maximum solved anew in "
+    "closed form, over −‖∇R_adv‖² are 1; of other networks nothing is claimed",
+    tolerance="1e-6: a hundred times the error of the differences (see DIFFERENCE)",
+    source="Shi et al. 2022 (AISTATS); Danskin 1966",
+)
+
 MARGIN_LOSSES = ("logistic", "squared hinge")  # fall with y·f
 LOSSES = (*MARGIN_LOSSES, "squared")
 EPSILON, DELTA = 0.25, 0.0625  # floats of any precision, so every side has the same radius
@@ -337,25 +357,3 @@ def _panel(drawn: _Instances, instants: int) -> Panel:
         lines.append(Line(f"−dR/dt, {what}", times, fall))
         lines.append(Line(f"‖∇R‖², {what}", times, square, "reference"))
     return Panel("Logistic loss, L∞", "time", "fall of the adversarial risk [nats/time]", lines)
-
-
-STATEMENT = Statement(
-    number="D2",
-    title="Energy of adversarial training",
-    claim="along gradient flow the adversarial risk falls by the square of its gradient, taken at "
-    "the maximisers",
-    formula="dR_adv/dt = −‖∇_θ R_adv‖²",
-    hypotheses=(
-        "the attack finds the exact maximum",
-        "the maximiser is unique for every point (in an L∞ ball: no w_i is 0)",
-        "the loss is differentiable in the parameters",
-    ),
-    instances="linear models with logistic, squared-hinge and squared loss in L∞, L2 and strong L2 "
-    "balls, and with the first two losses a monotone two-layer network on the line, at the "
-    "instants of a training",
-    rule="central and forward differences of the risk along −∇, the inner maximum solved anew in "
-    "closed form, over −‖∇R_adv‖² are 1; of other networks nothing is claimed",
-    tolerance="1e-6: a hundred times the error of the differences (see DIFFERENCE)",
-    source="Shi et al. 2022 (AISTATS); Danskin 1966",
-    check=check,
-)

@@ -39,6 +39,27 @@ from proofs_check.core import (
 )
 from proofs_check.d1_flow import draw, untrained
 
+STATEMENT = Statement(
+    number="D3",
+    title="Frozen kernel",
+    claim="with a frozen kernel, squared loss and fixed adversarial inputs, the outputs at all "
+    "points and times are known in closed form",
+    formula="f_t(X̃) = y + e^{−tΘ/N}(f_0 − y);  "
+    "f_t(x) = f_0(x) − Θ(x, X̃) Θ(X̃, X̃)⁻¹ (I − e^{−tΘ/N})(f_0(X̃) − y)",
+    hypotheses=(
+        "frozen kernel: a linearised network, or infinite width",
+        "squared loss, fixed inputs",
+        "Θ(X̃, X̃) of the masked Jacobian, symmetric, positive semidefinite (it may be singular)",
+        "gradient steps: η ≤ 2N/λ_max",
+    ),
+    instances="an MLP, dense and masked, with full kernels, and models linear in their parameters "
+    "with Θ ⊗ I, regular and singular; points trained on and others",
+    rule="equal to neural-tangents' prediction, to gradient flow and gradient steps of the "
+    "linearised network in parameter space, and to the formula by a matrix exponential",
+    tolerance="1e-8, a thousand times the integrator's; the statement asks for 1e-6",
+    source="Lee et al. 2019; Shi et al. 2022 (AISTATS)",
+)
+
 CLASSES = 2
 EPOCHS = np.array([0.0, 0.1, 0.5, 2.0, 10.0, 50.0])
 """Times in units of N/λ_max, the fastest mode's; the slow modes have then still to learn."""
@@ -307,26 +328,3 @@ def _panels(instances: dict[str, _Instance], y: np.ndarray) -> Sequence[Panel]:
         panel("Points trained on", 0, "distance from the targets"),
         panel("Other points", 1, "distance from the start [logits]"),
     ]
-
-
-STATEMENT = Statement(
-    number="D3",
-    title="Frozen kernel",
-    claim="with a frozen kernel, squared loss and fixed adversarial inputs, the outputs at all "
-    "points and times are known in closed form",
-    formula="f_t(X̃) = y + e^{−tΘ/N}(f_0 − y);  "
-    "f_t(x) = f_0(x) − Θ(x, X̃) Θ(X̃, X̃)⁻¹ (I − e^{−tΘ/N})(f_0(X̃) − y)",
-    hypotheses=(
-        "frozen kernel: a linearised network, or infinite width",
-        "squared loss, fixed inputs",
-        "Θ(X̃, X̃) of the masked Jacobian, symmetric, positive semidefinite (it may be singular)",
-        "gradient steps: η ≤ 2N/λ_max",
-    ),
-    instances="an MLP, dense and masked, with full kernels, and models linear in their parameters "
-    "with Θ ⊗ I, regular and singular; points trained on and others",
-    rule="equal to neural-tangents' prediction, to gradient flow and gradient steps of the "
-    "linearised network in parameter space, and to the formula by a matrix exponential",
-    tolerance="1e-8, a thousand times the integrator's; the statement asks for 1e-6",
-    source="Lee et al. 2019; Shi et al. 2022 (AISTATS)",
-    check=check,
-)

@@ -44,6 +44,38 @@ from proofs_check.core import (
 )
 from proofs_check.instances import trainings
 
+STATEMENT = Statement(
+    number="D4",
+    title="infinite width",
+    claim=(
+        "Attacking the predictor of the analytic kernel and advancing the flow of D3, in turn, is "
+        "the limit of adversarial training of dense and of masked networks as they grow wide."
+    ),
+    formula=(
+        "f_K(z) = Σ_k Θ(z, X̃_k) Θ_k⁻¹(I − e^{−Δt·Θ_k/N})(y − f_k(X̃_k)),   ‖f^n − f^∞‖ = O(n^{−½})"
+    ),
+    hypotheses=(
+        "NTK parametrisation; first layer dense; energy-preserving gains",
+        "squared loss, gradient flow, networks centred at their initial outputs",
+        "an attack that depends on the predictor in a Lipschitz way: with steps of signs (L∞) the "
+        "rate at finite width is between n^{−¼} and n^{−½}",
+    ),
+    instances=(
+        "three digits, 16 training images, Z of 32 images; 4 phases of time 5; networks drawn with "
+        "1 hidden layer (dense, erf, L2) and 2 (random masks, gelu, L2; magnitude masks, erf, L∞)"
+    ),
+    rule=(
+        "the 95 % interval of the slope in width lies in [−0.65, −0.35], for L∞ in "
+        "[−0.65, −0.25]; with erf, the predictor agrees to 1e-9 with matrix exponentials in NumPy"
+    ),
+    tolerance=(
+        "0.15 for terms of higher order at small widths. The finite networks are in float32 and "
+        "integrated by Runge and Kutta's method: both errors are below 1e-3 of the outputs, those "
+        "of the width above 1e-2. 1e-9: nothing in the closed form is larger than Δt/N·Θ."
+    ),
+    source="theory D4; after Shi et al. 2022; infinite width: Jacot et al. 2018, Lee et al. 2019",
+)
+
 CLASSES = (3, 5, 8)
 WEIGHT_STD, BIAS_STD = 2.0**0.5, 0.1
 ATTACK = PGD(steps=10, random_start=False)
@@ -380,37 +412,3 @@ def _course(network: np.ndarray, wanted: np.ndarray, width: int) -> list[Line]:
         lines.append(Line(f"image {j}, width {width}", times, network[:, j, 0]))
         lines.append(Line(f"image {j}, infinite", times, wanted[:, j, 0], "reference"))
     return lines
-
-
-STATEMENT = Statement(
-    number="D4",
-    title="infinite width",
-    claim=(
-        "Attacking the predictor of the analytic kernel and advancing the flow of D3, in turn, is "
-        "the limit of adversarial training of dense and of masked networks as they grow wide."
-    ),
-    formula=(
-        "f_K(z) = Σ_k Θ(z, X̃_k) Θ_k⁻¹(I − e^{−Δt·Θ_k/N})(y − f_k(X̃_k)),   ‖f^n − f^∞‖ = O(n^{−½})"
-    ),
-    hypotheses=(
-        "NTK parametrisation; first layer dense; energy-preserving gains",
-        "squared loss, gradient flow, networks centred at their initial outputs",
-        "an attack that depends on the predictor in a Lipschitz way: with steps of signs (L∞) the "
-        "rate at finite width is between n^{−¼} and n^{−½}",
-    ),
-    instances=(
-        "three digits, 16 training images, Z of 32 images; 4 phases of time 5; networks drawn with "
-        "1 hidden layer (dense, erf, L2) and 2 (random masks, gelu, L2; magnitude masks, erf, L∞)"
-    ),
-    rule=(
-        "the 95 % interval of the slope in width lies in [−0.65, −0.35], for L∞ in "
-        "[−0.65, −0.25]; with erf, the predictor agrees to 1e-9 with matrix exponentials in NumPy"
-    ),
-    tolerance=(
-        "0.15 for terms of higher order at small widths. The finite networks are in float32 and "
-        "integrated by Runge and Kutta's method: both errors are below 1e-3 of the outputs, those "
-        "of the width above 1e-2. 1e-9: nothing in the closed form is larger than Δt/N·Θ."
-    ),
-    source="theory D4; after Shi et al. 2022; infinite width: Jacot et al. 2018, Lee et al. 2019",
-    check=check,
-)

@@ -41,6 +41,36 @@ from proofs_check.core import (
 )
 from proofs_check.instances import trainings
 
+STATEMENT = Statement(
+    number="D5",
+    title="lazy drift",
+    claim=(
+        "Over a fixed time of adversarial training the tangent kernel of a network in NTK "
+        "parametrisation drifts by O(n^{-1}) of itself, dense or masked: faster than the known "
+        "upper bound O(n^{-1/2})."
+    ),
+    formula="‖Θ_T − Θ_0‖_F/‖Θ_0‖_F = O(1/n)  (≤ C·n^{−½})",
+    hypotheses=(
+        "NTK parametrisation, initial weights symmetric around 0",
+        "step size, time and images do not change with the width n",
+        "masks of a fixed density, first layer dense",
+    ),
+    instances=(
+        "digits, 16 images in one batch, attacked by PGD at each of 10 steps: 1 hidden layer, "
+        "dense, cross-entropy, L∞, n = 64…2048; 2 hidden layers, random masks, squared loss, L2, "
+        "n = 64…1024"
+    ),
+    rule="the 95 % interval of the slope in the width lies in [−1.15, −0.85]",
+    tolerance=(
+        "0.15 for terms of higher order at small widths. float32: a drift is 1e-3 at least, the "
+        "rounding of a kernel 1e-6."
+    ),
+    source=(
+        "theory D5; Jacot et al. 2018, Lee et al. 2019 (upper bound), Dyer & Gur-Ari 2020 (rate)"
+    ),
+    precision="float32",
+)
+
 IMAGES = 16
 RECORDS, STEPS = 2, 5
 """Times at which the kernel is taken, and the steps before each."""
@@ -250,35 +280,3 @@ def check(context: Context) -> Outcome:
             Panel(f"Drift over time, {DENSE.label}", "time t, 1/learning rate", label, course),
         ],
     )
-
-
-STATEMENT = Statement(
-    number="D5",
-    title="lazy drift",
-    claim=(
-        "Over a fixed time of adversarial training the tangent kernel of a network in NTK "
-        "parametrisation drifts by O(n^{-1}) of itself, dense or masked: faster than the known "
-        "upper bound O(n^{-1/2})."
-    ),
-    formula="‖Θ_T − Θ_0‖_F/‖Θ_0‖_F = O(1/n)  (≤ C·n^{−½})",
-    hypotheses=(
-        "NTK parametrisation, initial weights symmetric around 0",
-        "step size, time and images do not change with the width n",
-        "masks of a fixed density, first layer dense",
-    ),
-    instances=(
-        "digits, 16 images in one batch, attacked by PGD at each of 10 steps: 1 hidden layer, "
-        "dense, cross-entropy, L∞, n = 64…2048; 2 hidden layers, random masks, squared loss, L2, "
-        "n = 64…1024"
-    ),
-    rule="the 95 % interval of the slope in the width lies in [−1.15, −0.85]",
-    tolerance=(
-        "0.15 for terms of higher order at small widths. float32: a drift is 1e-3 at least, the "
-        "rounding of a kernel 1e-6."
-    ),
-    source=(
-        "theory D5; Jacot et al. 2018, Lee et al. 2019 (upper bound), Dyer & Gur-Ari 2020 (rate)"
-    ),
-    check=check,
-    precision="float32",
-)

@@ -27,6 +27,32 @@ from proofs_check.core import (
     slope,
 )
 
+STATEMENT = Statement(
+    number="E2",
+    title="Depth: random masks keep the limit",
+    claim="random masks with the gain 1/√p in the forward pass leave the infinitely wide network's "
+    "kernel as it is, if the first layer is dense; with a masked first layer the limit is a "
+    "mixture over masks, which differs by O(1/(dp))",
+    formula="Θ^s → Θ^∞ of the dense network, error O(n^{−1/2}); first layer masked: Θ^s → the "
+    "kernels behind the mean of T(Σ_m) and of Ṫ(Σ_m)·Σ_m over masks, "
+    "Σ_m = σ_w² (1/d) Σ_i (m_i/p) x_i x'_i + σ_b²",
+    hypotheses=(
+        "NTK parametrisation, Gaussian weights, independent Bernoulli masks",
+        "first layer dense",
+        "gain 1/√p in the forward pass of every masked layer",
+    ),
+    instances="MLPs with 2, 3 and 4 layers of weights, erf, p = 0.05, 0.2 and 0.5, widths 256 to "
+    "1024 with 64 to 16 draws (p = 0.05: 192 to 48) of 16 outputs; 6 inputs with a masked first "
+    "layer; inputs ±1 with d up to 512",
+    rule="slope of the error in the width −1/2 ± 0.15 (95 % interval over 16 groups of draws); the "
+    "mean of the draws, and the library's mixture, equal the limits within standard errors; the "
+    "library's limits of masked and dense networks are equal; slope of the mixture's distance in d "
+    "−1 ± 0.15",
+    tolerance="standard errors: Student's quantile for a risk of 1e-3 over all entries, only where "
+    "the mean has no bias (two layers; the mixture); 1e-10: rounding of the recursions in float64",
+    source="theory E2; Jacot et al. 2018; networks in float32, limits in float64",
+)
+
 WEIGHT_STD, BIAS_STD = 2.0**0.5, 0.1
 POINTS = 5
 OUTPUTS = 16
@@ -370,31 +396,3 @@ def _panel(title: str, widths: Any, errors: dict[float, np.ndarray]) -> Panel:
     return Panel(
         title, "width n [units]", "distance from the dense limit, relative", lines, xscale="log"
     )
-
-
-STATEMENT = Statement(
-    number="E2",
-    title="Depth: random masks keep the limit",
-    claim="random masks with the gain 1/√p in the forward pass leave the infinitely wide network's "
-    "kernel as it is, if the first layer is dense; with a masked first layer the limit is a "
-    "mixture over masks, which differs by O(1/(dp))",
-    formula="Θ^s → Θ^∞ of the dense network, error O(n^{−1/2}); first layer masked: Θ^s → the "
-    "kernels behind the mean of T(Σ_m) and of Ṫ(Σ_m)·Σ_m over masks, "
-    "Σ_m = σ_w² (1/d) Σ_i (m_i/p) x_i x'_i + σ_b²",
-    hypotheses=(
-        "NTK parametrisation, Gaussian weights, independent Bernoulli masks",
-        "first layer dense",
-        "gain 1/√p in the forward pass of every masked layer",
-    ),
-    instances="MLPs with 2, 3 and 4 layers of weights, erf, p = 0.05, 0.2 and 0.5, widths 256 to "
-    "1024 with 64 to 16 draws (p = 0.05: 192 to 48) of 16 outputs; 6 inputs with a masked first "
-    "layer; inputs ±1 with d up to 512",
-    rule="slope of the error in the width −1/2 ± 0.15 (95 % interval over 16 groups of draws); the "
-    "mean of the draws, and the library's mixture, equal the limits within standard errors; the "
-    "library's limits of masked and dense networks are equal; slope of the mixture's distance in d "
-    "−1 ± 0.15",
-    tolerance="standard errors: Student's quantile for a risk of 1e-3 over all entries, only where "
-    "the mean has no bias (two layers; the mixture); 1e-10: rounding of the recursions in float64",
-    source="theory E2; Jacot et al. 2018; networks in float32, limits in float64",
-    check=check,
-)

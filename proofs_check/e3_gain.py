@@ -25,6 +25,27 @@ from proofs_check.core import (
 )
 from proofs_check.e2_depth import WEIGHT_STD, draw, in_float32, mlp, random_masks
 
+STATEMENT = Statement(
+    number="E3",
+    title="Where the gain goes",
+    claim="a random mask keeps the kernel if its gain is in the forward pass; if it is baked into "
+    "the weights, the kernel is p times as large; without gain about p^L times (L layers)",
+    formula="tr Θ^s/tr Θ^d = 1; p; p^L without biases and with all L layers masked. First layer "
+    "dense: 1; (1 + (L−1)p)/L; p^{L−1}. With biases: the ratio of NTK' = kσ_w²T + σ_b² + "
+    "eσ_w²ṪNTK, NNGP' = eσ_w²T + σ_b², with (e, k) = (1, 1); (1, p); (p, p) in masked layers",
+    hypotheses=(
+        "ReLU, NTK parametrisation, random masks of one density p",
+        "the factors p and p^L: no biases (their terms are not masked)",
+    ),
+    instances="3-layer ReLU MLPs of width 1500 with p = 0.2, 12 seeds: all layers masked without "
+    "and with biases, first layer dense",
+    rule="the mean ratio over seeds equals the expected one within standard errors; without gain "
+    "and biases, seed by seed, Θ = Π_l γ_l^{−2} times the kernel with it",
+    tolerance="Student's quantile for a risk of 1e-3; the mean has no bias, since for ReLU the "
+    "diagonal is linear in the energies that masks keep; 1e-4: float32",
+    source="theory E3, with the exact factors derived here",
+)
+
 LAYERS, INPUTS, POINTS = 3, 32, 4
 BIAS_STD = 0.3
 RISK = 1e-3
@@ -224,26 +245,3 @@ def _panel(measured: Measured, density: float) -> Panel:
         lines.append(Line(label, order, ratios))
         lines.append(Line(f"{expected:.3g}", order, np.full(len(ratios), expected), "reference"))
     return Panel(SETTINGS[0].name, "seed, sorted", "tr Θ of masked over dense", lines)
-
-
-STATEMENT = Statement(
-    number="E3",
-    title="Where the gain goes",
-    claim="a random mask keeps the kernel if its gain is in the forward pass; if it is baked into "
-    "the weights, the kernel is p times as large; without gain about p^L times (L layers)",
-    formula="tr Θ^s/tr Θ^d = 1; p; p^L without biases and with all L layers masked. First layer "
-    "dense: 1; (1 + (L−1)p)/L; p^{L−1}. With biases: the ratio of NTK' = kσ_w²T + σ_b² + "
-    "eσ_w²ṪNTK, NNGP' = eσ_w²T + σ_b², with (e, k) = (1, 1); (1, p); (p, p) in masked layers",
-    hypotheses=(
-        "ReLU, NTK parametrisation, random masks of one density p",
-        "the factors p and p^L: no biases (their terms are not masked)",
-    ),
-    instances="3-layer ReLU MLPs of width 1500 with p = 0.2, 12 seeds: all layers masked without "
-    "and with biases, first layer dense",
-    rule="the mean ratio over seeds equals the expected one within standard errors; without gain "
-    "and biases, seed by seed, Θ = Π_l γ_l^{−2} times the kernel with it",
-    tolerance="Student's quantile for a risk of 1e-3; the mean has no bias, since for ReLU the "
-    "diagonal is linear in the energies that masks keep; 1e-4: float32",
-    source="theory E3, with the exact factors derived here",
-    check=check,
-)

@@ -31,6 +31,30 @@ from proofs_check.e2_depth import (
     mlp,
 )
 
+STATEMENT = Statement(
+    number="E4",
+    title="Magnitude pruning, analytic",
+    claim="keeping the largest weights of each layer, with the gain 1/√s that keeps the energy, "
+    "leaves the covariance as it is and shrinks each layer's own term in the kernel to p/s",
+    formula="s(p) = 2[cφ(c) + Φ(−c)] with p = 2Φ(−c); NNGP' = σ_w²T + σ_b², "
+    "NTK' = (p/s)σ_w²T + σ_b² + σ_w²Ṫ·NTK; random masks s = p, no mask p = s = 1",
+    hypotheses=(
+        "NTK parametrisation, Gaussian weights, first layer dense, biases not masked",
+        "gain 1/√s in the forward pass",
+        "the fan-in that is kept, np, is large",
+    ),
+    instances="3-layer ReLU MLPs, 16 outputs, 5 inputs, widths 256, 1024 and 4096, 10 draws: "
+    "magnitude and random masks of p = 0.1 above the first layer (410 kept inputs at 4096), and "
+    "no mask",
+    rule="relative error of the mean over draws ≤ 3 % or 3 standard errors at the largest width; "
+    "the slope of a draw's error in the width in [−1, −1/4] (95 % interval over draws); the "
+    "library's limit equals the recursion",
+    tolerance="3 % or 3 standard errors: as the theory states it; slope: the root mean square of a "
+    "fluctuation n^{−1/2} and a mean error 1/(np) has one in [−1, −1/2], and up to half-way to 0 "
+    "(no shrinking) is left to the scatter of draws; 1e-7: arccos near equal inputs in float64",
+    source="theory E4; networks in float32, limits in float64",
+)
+
 DEPTH, INPUTS, POINTS = 3, 16, 5
 SHARE, ERRORS = 0.03, 3.0
 """The mean over draws may be off by this share, or by this many standard errors."""
@@ -242,29 +266,3 @@ def _moment_panel() -> Panel:
         Line("random mask", p, np.ones_like(p), "reference"),
     ]
     return Panel("share of a layer's own term", "density p", "p/s", lines, xscale="log")
-
-
-STATEMENT = Statement(
-    number="E4",
-    title="Magnitude pruning, analytic",
-    claim="keeping the largest weights of each layer, with the gain 1/√s that keeps the energy, "
-    "leaves the covariance as it is and shrinks each layer's own term in the kernel to p/s",
-    formula="s(p) = 2[cφ(c) + Φ(−c)] with p = 2Φ(−c); NNGP' = σ_w²T + σ_b², "
-    "NTK' = (p/s)σ_w²T + σ_b² + σ_w²Ṫ·NTK; random masks s = p, no mask p = s = 1",
-    hypotheses=(
-        "NTK parametrisation, Gaussian weights, first layer dense, biases not masked",
-        "gain 1/√s in the forward pass",
-        "the fan-in that is kept, np, is large",
-    ),
-    instances="3-layer ReLU MLPs, 16 outputs, 5 inputs, widths 256, 1024 and 4096, 10 draws: "
-    "magnitude and random masks of p = 0.1 above the first layer (410 kept inputs at 4096), and "
-    "no mask",
-    rule="relative error of the mean over draws ≤ 3 % or 3 standard errors at the largest width; "
-    "the slope of a draw's error in the width in [−1, −1/4] (95 % interval over draws); the "
-    "library's limit equals the recursion",
-    tolerance="3 % or 3 standard errors: as the theory states it; slope: the root mean square of a "
-    "fluctuation n^{−1/2} and a mean error 1/(np) has one in [−1, −1/2], and up to half-way to 0 "
-    "(no shrinking) is left to the scatter of draws; 1e-7: arccos near equal inputs in float64",
-    source="theory E4; networks in float32, limits in float64",
-    check=check,
-)

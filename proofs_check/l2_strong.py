@@ -40,6 +40,23 @@ from proofs_check.instances.linear import (
     within,
 )
 
+STATEMENT = Statement(
+    number="L2",
+    title="strong adversarial examples",
+    claim="A threat that may move a point by ε, and its signal by δ, lowers the margin of a linear "
+    "classifier by r at most: ε where the classifier uses little signal, else r of the corner.",
+    formula="r = ε if εc ≤ δ, else δc + √(ε² − δ²)s, times ‖w‖; c = ‖Uᵀw‖/‖w‖, s = √(1 − c²)",
+    hypotheses=("Gaussian classes with any means, covariances and priors", "no pixel box"),
+    instances="18 random problems (50 with --full) in 2 to 300 dimensions with signals of 1 to 5 "
+    "directions, 1e6 fresh points each (4e6); 600 random (w, U, ε, δ) with dual bounds, 36 with a "
+    "convex solver; points constructed on both sides of M = r",
+    rule="all simulated rates inside binomial intervals that are simultaneous at 99.9 %; reach, "
+    "worst v, dual bound and solver agree; all constructed points as said",
+    tolerance="intervals as in L1; 1e-6 is where SLSQP stops, 1e-9 where the search for the least "
+    "dual value does (it has a kink where all of w is signal); float64 rounding elsewhere",
+    source="theory L2; Shi and Ding 2019",
+)
+
 SMALL = (2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 30, 35, 40, 50)
 LARGE = (100, 300)
 
@@ -321,7 +338,7 @@ def _curve() -> Panel:
     return Panel("reach of the strong threat", "θ [degrees]", "r / (ε‖w‖)", lines, yscale="linear")
 
 
-def _check(context: Context) -> Outcome:
+def check(context: Context) -> Outcome:
     n = context.pick(50_000, 1_000_000, 4_000_000)
     instances = _instances(context, n)
     found = np.array([instance.found for instance in instances])
@@ -360,22 +377,3 @@ def _check(context: Context) -> Outcome:
         ),
     ]
     return Outcome(cases, controls, [deviation_panel(found, rates, n), _curve()])
-
-
-STATEMENT = Statement(
-    number="L2",
-    title="strong adversarial examples",
-    claim="A threat that may move a point by ε, and its signal by δ, lowers the margin of a linear "
-    "classifier by r at most: ε where the classifier uses little signal, else r of the corner.",
-    formula="r = ε if εc ≤ δ, else δc + √(ε² − δ²)s, times ‖w‖; c = ‖Uᵀw‖/‖w‖, s = √(1 − c²)",
-    hypotheses=("Gaussian classes with any means, covariances and priors", "no pixel box"),
-    instances="18 random problems (50 with --full) in 2 to 300 dimensions with signals of 1 to 5 "
-    "directions, 1e6 fresh points each (4e6); 600 random (w, U, ε, δ) with dual bounds, 36 with a "
-    "convex solver; points constructed on both sides of M = r",
-    rule="all simulated rates inside binomial intervals that are simultaneous at 99.9 %; reach, "
-    "worst v, dual bound and solver agree; all constructed points as said",
-    tolerance="intervals as in L1; 1e-6 is where SLSQP stops, 1e-9 where the search for the least "
-    "dual value does (it has a kink where all of w is signal); float64 rounding elsewhere",
-    source="theory L2; Shi and Ding 2019",
-    check=_check,
-)

@@ -38,6 +38,28 @@ from proofs_check.core import (
 )
 from proofs_check.instances.linear import SIGNS, Array, dual, norm, strong_reach
 
+STATEMENT = Statement(
+    number="L3",
+    title="where robust linear classifiers exist",
+    claim="For equal round classes the least robust error of any linear classifier is that of "
+    "w = μ, or ½ of a constant answer; so for δ < ‖μ‖ < ε no classifier is robust in the ordinary "
+    "sense, and one is in the strong sense.",
+    formula="min_{w,b} = min(½, Φ((ρ − ‖μ‖)/σ)), ρ = ε ordinary, ρ = min(ε, δ) strong",
+    hypotheses=(
+        "Σ = σ²I, equal priors, the signal along μ (closed form)",
+        "one positive definite Σ (certificate)",
+    ),
+    instances="48 random (‖μ‖, σ, ε, δ) in 2 to 20 dimensions (240 with --full), a phase diagram "
+    "of 10 × 10 cells (24 × 24), 30 problems in the plane with any covariances and priors (200), "
+    "40 certificates in 5 to 39 dimensions (200)",
+    rule="closed form, search over (w, b) and the library's optimum agree; no classifier has less; "
+    "the phases are as said",
+    tolerance="1e-6 relative is where the simplex search over (w, b) stops; 1e-8 what the "
+    "library's duality gap of 1e-10 in t leaves in the error; float64 rounding elsewhere",
+    source="theory L3, with the constant answer that it leaves out; Shi and Ding 2019; Bhagoji et "
+    "al. 2019",
+)
+
 ORDERS = (1.0, 1.5, 2.0, 3.0, np.inf)
 
 
@@ -301,7 +323,7 @@ def _certificates(context: Context) -> list[Case]:
     ]
 
 
-def _check(context: Context) -> Outcome:
+def check(context: Context) -> Outcome:
     found = _round(context)
     closed, count = found.closed(), len(found.sigma)
     better = closed < 0.5 - 1e-9
@@ -375,27 +397,3 @@ def _check(context: Context) -> Outcome:
         ),
     ]
     return Outcome(cases, controls, [panel])
-
-
-STATEMENT = Statement(
-    number="L3",
-    title="where robust linear classifiers exist",
-    claim="For equal round classes the least robust error of any linear classifier is that of "
-    "w = μ, or ½ of a constant answer; so for δ < ‖μ‖ < ε no classifier is robust in the ordinary "
-    "sense, and one is in the strong sense.",
-    formula="min_{w,b} = min(½, Φ((ρ − ‖μ‖)/σ)), ρ = ε ordinary, ρ = min(ε, δ) strong",
-    hypotheses=(
-        "Σ = σ²I, equal priors, the signal along μ (closed form)",
-        "one positive definite Σ (certificate)",
-    ),
-    instances="48 random (‖μ‖, σ, ε, δ) in 2 to 20 dimensions (240 with --full), a phase diagram "
-    "of 10 × 10 cells (24 × 24), 30 problems in the plane with any covariances and priors (200), "
-    "40 certificates in 5 to 39 dimensions (200)",
-    rule="closed form, search over (w, b) and the library's optimum agree; no classifier has less; "
-    "the phases are as said",
-    tolerance="1e-6 relative is where the simplex search over (w, b) stops; 1e-8 what the "
-    "library's duality gap of 1e-10 in t leaves in the error; float64 rounding elsewhere",
-    source="theory L3, with the constant answer that it leaves out; Shi and Ding 2019; Bhagoji et "
-    "al. 2019",
-    check=_check,
-)

@@ -35,6 +35,25 @@ from proofs_check.core import (
 )
 from proofs_check.instances.linear import Array, deviation_panel, strong_reach, within
 
+STATEMENT = Statement(
+    number="L4",
+    title="learned linear classifiers",
+    claim="Trained SVMs have the rates of adversarial and strong adversarial examples that L1 and "
+    "L2 give at their w, and learned classifiers of five kinds the angle that the limit predicts.",
+    formula="mean difference: cos²θ → ‖μ‖²/(‖μ‖² + σ²d/n); ridge: Marchenko–Pastur; SVM: Gaussian "
+    "min-max theorem",
+    hypotheses=("classes N(±μ, σ²I), as many points of each", "d → ∞ with n/d fixed (angles)"),
+    instances="SVMs with hinge and squared hinge over n, d, ‖μ‖, C: 16 settings of 3 seeds, 1e5 "
+    "fresh points each (5 seeds, 4e5 with --full); 7 learners at n/d = 2 and ½, d = 200 and 400 "
+    "(400 and 800), 16 seeds (32)",
+    rule="all simulated rates inside binomial intervals that are simultaneous at 99.9 %; mean "
+    "cosines within three standard errors and 2/d of the prediction",
+    tolerance="intervals as in L1; 2/d is ten times the finite-size term of the mean difference, "
+    "c·s²(½ − ¾s²)/d, which is checked itself, up to 1/d²",
+    source="theory L4; Mignacco et al. 2020; Deng, Kammoun and Thrampoulidis 2021; Montanari "
+    "et al. 2019",
+)
+
 Rows = list[dict[str, Any]]
 
 KINDS = ("clean", "adversarial", "robust")
@@ -228,7 +247,7 @@ def _finite_size(context: Context) -> Case:
 
 
 @threadpool_limits.wrap(limits=1)  # the matrices are small: more threads only wait
-def _check(context: Context) -> Outcome:
+def check(context: Context) -> Outcome:
     grid, angles = _grid(context), _angles(context)
     name = f"simulated rates of {len(grid.rows)} SVMs, {grid.samples:,} points each"
     cases = [
@@ -275,24 +294,3 @@ def _check(context: Context) -> Outcome:
     return Outcome(
         cases, controls, [deviation_panel(grid.found, grid.library, grid.samples), panel]
     )
-
-
-STATEMENT = Statement(
-    number="L4",
-    title="learned linear classifiers",
-    claim="Trained SVMs have the rates of adversarial and strong adversarial examples that L1 and "
-    "L2 give at their w, and learned classifiers of five kinds the angle that the limit predicts.",
-    formula="mean difference: cos²θ → ‖μ‖²/(‖μ‖² + σ²d/n); ridge: Marchenko–Pastur; SVM: Gaussian "
-    "min-max theorem",
-    hypotheses=("classes N(±μ, σ²I), as many points of each", "d → ∞ with n/d fixed (angles)"),
-    instances="SVMs with hinge and squared hinge over n, d, ‖μ‖, C: 16 settings of 3 seeds, 1e5 "
-    "fresh points each (5 seeds, 4e5 with --full); 7 learners at n/d = 2 and ½, d = 200 and 400 "
-    "(400 and 800), 16 seeds (32)",
-    rule="all simulated rates inside binomial intervals that are simultaneous at 99.9 %; mean "
-    "cosines within three standard errors and 2/d of the prediction",
-    tolerance="intervals as in L1; 2/d is ten times the finite-size term of the mean difference, "
-    "c·s²(½ − ¾s²)/d, which is checked itself, up to 1/d²",
-    source="theory L4; Mignacco et al. 2020; Deng, Kammoun and Thrampoulidis 2021; Montanari "
-    "et al. 2019",
-    check=_check,
-)

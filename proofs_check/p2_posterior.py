@@ -19,6 +19,31 @@ from proofs_check.core import (
 from proofs_check.instances import trainings
 from proofs_check.instances.trainings import SAME_START, Run, Trainings
 
+STATEMENT = Statement(
+    number="P2",
+    title="a-posteriori bound of the gap",
+    claim=(
+        "Along any two trainings by gradient descent the gap stays below its start plus what the "
+        "difference of the kernels, the response of the sparse one and the remainders add up to."
+    ),
+    formula=(
+        "‖D_T‖ ≤ ‖D_0‖ + Σ_k (η/N)[‖(K^d_k − K^s_k) g^d_k‖ + ‖K^s_k(g^d_k − g^s_k)‖] + Σ_k‖ρ_k‖"
+    ),
+    hypotheses=(
+        "gradient descent on the mean loss at each network's points X̃_k, constant step η",
+        "K is the kernel of the masked Jacobian, gain included",
+        "the remainders are counted",
+    ),
+    instances=(
+        "full-batch adversarial trainings by training.fit: MLPs on digits and MNIST and a small "
+        "CNN; dense against ticket, random and magnitude masks; cross-entropy and squared loss; "
+        "L∞ and L2; own and shared attack"
+    ),
+    rule="no violation at any step of any training",
+    tolerance="1e-9 for the rounding of sums of about 1e3 products in float64; the bound has none",
+    source="theory P2; after Shi et al. 2022",
+)
+
 
 def gap_norms(dense: Trajectory, sparse: Trajectory) -> np.ndarray:
     """‖D_k‖, [T + 1]."""
@@ -109,30 +134,3 @@ def check(context: Context) -> Outcome:
             )
         context.progress((i + 1) / len(pairs))
     return Outcome(cases, broken(t), panels, skipped)
-
-
-STATEMENT = Statement(
-    number="P2",
-    title="a-posteriori bound of the gap",
-    claim=(
-        "Along any two trainings by gradient descent the gap stays below its start plus what the "
-        "difference of the kernels, the response of the sparse one and the remainders add up to."
-    ),
-    formula=(
-        "‖D_T‖ ≤ ‖D_0‖ + Σ_k (η/N)[‖(K^d_k − K^s_k) g^d_k‖ + ‖K^s_k(g^d_k − g^s_k)‖] + Σ_k‖ρ_k‖"
-    ),
-    hypotheses=(
-        "gradient descent on the mean loss at each network's points X̃_k, constant step η",
-        "K is the kernel of the masked Jacobian, gain included",
-        "the remainders are counted",
-    ),
-    instances=(
-        "full-batch adversarial trainings by training.fit: MLPs on digits and MNIST and a small "
-        "CNN; dense against ticket, random and magnitude masks; cross-entropy and squared loss; "
-        "L∞ and L2; own and shared attack"
-    ),
-    rule="no violation at any step of any training",
-    tolerance="1e-9 for the rounding of sums of about 1e3 products in float64; the bound has none",
-    source="theory P2; after Shi et al. 2022",
-    check=check,
-)

@@ -46,6 +46,40 @@ from proofs_check.instances import trainings
 from proofs_check.instances.trainings import MLP_CE, SAME_START, Pair, Trainings
 from proofs_check.p2_posterior import gap_norms, matrix
 
+STATEMENT = Statement(
+    number="P3",
+    title="a-priori bounds of the gap",
+    claim=(
+        "At shared points the gap is bounded by the distances of targets and kernels at the start "
+        "(frozen kernels, squared loss), and for smooth losses by the kernels and the dense "
+        "network's gradients on the way."
+    ),
+    formula=(
+        "(a) ‖D_t‖/√N ≤ β + min(t, N/λ_min(Θ^d))·α·r_0;   "
+        "(b) b_{k+1} = (1 + ηL‖Θ^s_k‖/N)b_k + (η/N)‖ΔΘ_k g^d_k‖ + ‖ρ_k‖;   "
+        "(c) δ_{k+1} = (1 + ηLκ)δ_k + max_z [(η/N) Σ_j ‖ΔΘ(z, x̃_j)‖‖g^d_j‖ + ‖ρ_k(z)‖]"
+    ),
+    hypotheses=(
+        "both networks are trained on the same points: (a), (b) fixed and evaluated there, "
+        "(c) moving, all of them in Z",
+        "(a) squared loss, frozen positive semidefinite kernels; gradient descent with "
+        "η ≤ 2N/(λ_min + λ_max)(Θ^d) and η ≤ 2N/λ_max(Θ^s)",
+        "(b), (c) a loss with L-Lipschitz gradient: ½ for cross-entropy, 1 squared; ρ = 0 for "
+        "linearised networks",
+    ),
+    instances=(
+        "(a) random kernels of five kinds of spectra and those of networks, flow and descent; "
+        "(b), (c) linearised networks with random kernels and any step, and recorded trainings "
+        "of MLPs on digits"
+    ),
+    rule="no violation; the exact gap of (a) within 1e-6 of a matrix exponential",
+    tolerance=(
+        "1e-9 for the rounding of eigenvalues and sums in float64; a matrix exponential in float64 "
+        "errs by 1e-10 of a gap that is 1e-5 of the residual"
+    ),
+    source="theory P3, with a weaker condition on the step; after Shi et al. 2022",
+)
+
 
 def same(name: str, found: Any, wanted: Any) -> Case:
     """The library's bounds against those of this file, each relative to its own size.
@@ -504,39 +538,3 @@ def check(context: Context) -> Outcome:
         cases += some
         panels += figures if pair.sparse != "magnitude" else []
     return Outcome(cases, [*broken_frozen(), *broken_smooth()], panels)
-
-
-STATEMENT = Statement(
-    number="P3",
-    title="a-priori bounds of the gap",
-    claim=(
-        "At shared points the gap is bounded by the distances of targets and kernels at the start "
-        "(frozen kernels, squared loss), and for smooth losses by the kernels and the dense "
-        "network's gradients on the way."
-    ),
-    formula=(
-        "(a) ‖D_t‖/√N ≤ β + min(t, N/λ_min(Θ^d))·α·r_0;   "
-        "(b) b_{k+1} = (1 + ηL‖Θ^s_k‖/N)b_k + (η/N)‖ΔΘ_k g^d_k‖ + ‖ρ_k‖;   "
-        "(c) δ_{k+1} = (1 + ηLκ)δ_k + max_z [(η/N) Σ_j ‖ΔΘ(z, x̃_j)‖‖g^d_j‖ + ‖ρ_k(z)‖]"
-    ),
-    hypotheses=(
-        "both networks are trained on the same points: (a), (b) fixed and evaluated there, "
-        "(c) moving, all of them in Z",
-        "(a) squared loss, frozen positive semidefinite kernels; gradient descent with "
-        "η ≤ 2N/(λ_min + λ_max)(Θ^d) and η ≤ 2N/λ_max(Θ^s)",
-        "(b), (c) a loss with L-Lipschitz gradient: ½ for cross-entropy, 1 squared; ρ = 0 for "
-        "linearised networks",
-    ),
-    instances=(
-        "(a) random kernels of five kinds of spectra and those of networks, flow and descent; "
-        "(b), (c) linearised networks with random kernels and any step, and recorded trainings "
-        "of MLPs on digits"
-    ),
-    rule="no violation; the exact gap of (a) within 1e-6 of a matrix exponential",
-    tolerance=(
-        "1e-9 for the rounding of eigenvalues and sums in float64; a matrix exponential in float64 "
-        "errs by 1e-10 of a gap that is 1e-5 of the residual"
-    ),
-    source="theory P3, with a weaker condition on the step; after Shi et al. 2022",
-    check=check,
-)

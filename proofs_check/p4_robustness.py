@@ -47,6 +47,36 @@ from proofs_check.core import (
 from proofs_check.d1_flow import untrained
 from proofs_check.instances.trainings import QUICKLY
 
+STATEMENT = Statement(
+    number="P4",
+    title="robustness is preserved",
+    claim=(
+        "Two networks whose outputs stay close over the threat sets have adversarial risks that "
+        "stay close."
+    ),
+    formula=(
+        "|R_adv(f^d) − R_adv(f^s)| ≤ L_ℓ · mean_i sup_{z∈B(x_i)} ‖D(z)‖₂, D = f^d − f^s, "
+        "L_ℓ = √2 (cross-entropy), 1 (binary logistic)"
+    ),
+    hypotheses=(
+        "the loss is L_ℓ-Lipschitz in the 2-norm of the logits",
+        "the supremum is over the threat set of the risks, not over the clean images",
+        "the sup on the right is bounded from above: intervals of a set that contains B(x)",
+    ),
+    instances=(
+        "random logistic and softmax models in closed form (L∞, L2), networks of two inputs with "
+        "both sides rigorous, adversarially trained MLP and CNN on digits, dense against random, "
+        "magnitude and NTK-close masks, with 100,000 samples of the largest threat sets"
+    ),
+    rule="no violation; every visited point of a threat set lies inside the intervals",
+    tolerance=(
+        "1e-9 relative for float64 rounding of both sides (the intervals themselves are rounded "
+        "outwards); 1e-12 where the library meets a closed form, 1e-10 where it meets NumPy's "
+        "intervals, which its outward rounding widens by some 1e-14 of each layer's sums"
+    ),
+    source="theory P4; Shi et al. (2022) for the idea; Gowal et al. (2018) for the intervals",
+)
+
 Array = NDArray[np.float64]
 
 ROOT2 = np.sqrt(2.0)
@@ -855,35 +885,3 @@ def check(context: Context) -> Outcome:
         panels=[panel for part in parts for panel in part.panels],
         skipped=skipped,
     )
-
-
-STATEMENT = Statement(
-    number="P4",
-    title="robustness is preserved",
-    claim=(
-        "Two networks whose outputs stay close over the threat sets have adversarial risks that "
-        "stay close."
-    ),
-    formula=(
-        "|R_adv(f^d) − R_adv(f^s)| ≤ L_ℓ · mean_i sup_{z∈B(x_i)} ‖D(z)‖₂, D = f^d − f^s, "
-        "L_ℓ = √2 (cross-entropy), 1 (binary logistic)"
-    ),
-    hypotheses=(
-        "the loss is L_ℓ-Lipschitz in the 2-norm of the logits",
-        "the supremum is over the threat set of the risks, not over the clean images",
-        "the sup on the right is bounded from above: intervals of a set that contains B(x)",
-    ),
-    instances=(
-        "random logistic and softmax models in closed form (L∞, L2), networks of two inputs with "
-        "both sides rigorous, adversarially trained MLP and CNN on digits, dense against random, "
-        "magnitude and NTK-close masks, with 100,000 samples of the largest threat sets"
-    ),
-    rule="no violation; every visited point of a threat set lies inside the intervals",
-    tolerance=(
-        "1e-9 relative for float64 rounding of both sides (the intervals themselves are rounded "
-        "outwards); 1e-12 where the library meets a closed form, 1e-10 where it meets NumPy's "
-        "intervals, which its outward rounding widens by some 1e-14 of each layer's sums"
-    ),
-    source="theory P4; Shi et al. (2022) for the idea; Gowal et al. (2018) for the intervals",
-    check=check,
-)

@@ -21,6 +21,7 @@ def complaints(result: Result) -> list[str]:
         for control in found.controls
         if not control.rejected
     ]
+    lines += [f"{number} fails: no control breaks: {name}" for name in result.unbroken]
     if not found.cases or not found.controls:
         lines.append(f"{number} fails: no case or no control")
     return lines + [f"{number}: left out: {reason}" for reason in found.skipped]

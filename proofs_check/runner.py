@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,18 +35,26 @@ MODULES = {
     "L5": "l5_knowledge",
     "L6": "l6_networks",
 }
-"""File of each statement, by its number in the theory; the file defines `STATEMENT`."""
+"""File of each statement, by its number in the theory; it defines `STATEMENT` and `check`."""
 
 
-def load(name: str) -> Statement:
-    """The statement of that number, in capital or small letters.
+class Proof(NamedTuple):
+    """A statement, and what checks it."""
+
+    statement: Statement
+    check: Callable[[Context], Outcome]
+
+
+def load(name: str) -> Proof:
+    """The statement of that number, in capital or small letters, and its check.
 
     Raises:
         InputError: unknown number.
     """
     number = name.upper()
     choose("statement", number, MODULES)
-    return importlib.import_module(f"proofs_check.{MODULES[number]}").STATEMENT
+    module = importlib.import_module(f"proofs_check.{MODULES[number]}")
+    return Proof(module.STATEMENT, module.check)
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,22 @@ class Result:
     seconds: float
 
     @property
-    def holds(self) -> bool:
-        """Every case holds and every control is rejected; there is at least one of each.
+    def unbroken(self) -> list[str]:
+        """Names of the hypotheses that no control breaks."""
+        if isinstance(self.statement.hypotheses, tuple):
+            return []
+        broken = {control.breaks for control in self.outcome.controls if control.rejected}
+        return [name for name in self.statement.hypotheses if name not in broken]
 
-        A margin that is no number is none.
+    @property
+    def holds(self) -> bool:
+        """Every case holds, every control is rejected and every hypothesis is broken by one.
+
+        There is at least one case and one control. A margin that is no number is none.
         """
         cases, controls = self.outcome.cases, self.outcome.controls
-        sound = bool(cases) and bool(controls) and all(c.margin >= 0 for c in cases)
-        return sound and all(c.holds for c in cases) and all(c.rejected for c in controls)
+        sound = bool(cases) and all(c.holds and c.margin >= 0 for c in cases)
+        return sound and bool(controls) and all(c.rejected for c in controls) and not self.unbroken
 
     @property
     def margin(self) -> float:
@@ -131,14 +147,14 @@ def verify(
     choose("size", size, SIZES)
     check_count("seed", seed, low=0)
     results, before = [], None
-    for statement in [load(name) for name in names or MODULES]:
+    for statement, check in [load(name) for name in names or MODULES]:
         context = Context(size, seed, on_start(statement))
         start, wanted = time.perf_counter(), precision or statement.precision
         # JAX 0.10 may take a part of a program that was traced in the other precision.
         if precision is not None or before not in (None, wanted):
             jax.clear_caches()
         with jax.enable_x64(wanted == "float64"):
-            outcome = statement.check(context)
+            outcome = check(context)
         before = wanted
         results.append(Result(statement, outcome, time.perf_counter() - start))
         on_done(results[-1])

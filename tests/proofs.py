@@ -15,4 +15,4 @@ def why(result: Result) -> list[str]:
     """What does not hold, for the message of a failing assertion."""
     failing = [f"{c.name}: {c.measured}" for c in result.outcome.cases if not c.holds]
     passed = [f"control {c.name}: {c.measured}" for c in result.outcome.controls if not c.rejected]
-    return failing + passed
+    return failing + passed + [f"no control breaks: {name}" for name in result.unbroken]

@@ -100,11 +100,12 @@ BAD = core.below("twice", 2.0, 1.0)
 REJECTED, ACCEPTED = core.rejects("wrong", BAD), core.rejects("right", GOOD)
 
 
-def statement(outcome: Outcome, number: str = "D1") -> Statement:
-    return Statement(
-        number, "A title", "a claim", "a ≤ b", ("one",), "numbers", "a ≤ b.", "none.", "here",
-        lambda context: outcome,
+def proof(outcome: Outcome, number: str = "D1", *hypotheses: str) -> verification.Proof:
+    one = Statement(
+        number, "A title", "a claim", "a ≤ b", dict.fromkeys(hypotheses, "is given"),
+        "numbers", "a ≤ b.", "none.", "here",
     )  # fmt: skip
+    return verification.Proof(one, lambda context: outcome)
 
 
 PANEL = Panel(
@@ -118,7 +119,7 @@ def fake(monkeypatch):
     """Replaces the statements' files by given outcomes."""
 
     def use(**outcomes: Outcome) -> None:
-        found = {number: statement(outcome, number) for number, outcome in outcomes.items()}
+        found = {number: proof(outcome, number) for number, outcome in outcomes.items()}
         monkeypatch.setattr(verification, "load", found.__getitem__)
         monkeypatch.setattr(verification, "MODULES", dict.fromkeys(found, ""))
 
@@ -143,6 +144,44 @@ def test_a_statement_needs_cases_that_hold_and_controls_that_fail(fake, cases, c
     assert (page.complaints(result) == []) is holds
 
 
+def test_every_hypothesis_needs_a_control_that_breaks_it(monkeypatch):
+    def judged(*breaks: str) -> verification.Result:
+        controls = [core.rejects("wrong", BAD, name) for name in breaks]
+        found = proof(Outcome([GOOD], controls), "D1", "convex", "bounded")
+        monkeypatch.setattr(verification, "load", {"D1": found}.__getitem__)
+        return verification.verify(["D1"])[0]
+
+    assert judged("convex", "bounded", core.FORMULA).holds
+    result = judged("bounded", core.FORMULA)
+    assert not result.holds
+    assert result.unbroken == ["convex"]
+    assert page.complaints(result) == ["D1 fails: no control breaks: convex"]
+
+
+def test_the_recorder_keeps_what_it_judged():
+    check = core.Recorder(proof(Outcome([], []), "D1", "convex").statement)
+    check.below("half", 1.0, 2.0)
+    check.close("same", 1.0, 1.0, tolerance=1e-9)
+    check.slope("line", [1, 2, 4], [[1, 2, 4]] * 3, low=0.9, high=1.1)
+    check.case(BAD)
+    check.control("wrong", BAD, breaks="convex")
+    check.control("passes", GOOD, breaks=core.FORMULA)
+    check.control("refused", lambda: check_count("n", 0, low=1), breaks=core.FORMULA)
+    check.panel(PANEL)
+    check.skip("no data")
+    with pytest.raises(ValueError, match="D1 has no hypothesis 'concave'"):
+        check.control("wrong", BAD, breaks="concave")
+    found = check.outcome()
+    assert [case.holds for case in found.cases] == [True, True, True, False]
+    assert [(one.rejected, one.breaks) for one in found.controls] == [
+        (True, "convex"),
+        (False, core.FORMULA),
+        (True, core.FORMULA),
+    ]
+    assert found.panels == (PANEL,)
+    assert found.skipped == ("no data",)
+
+
 def test_precision_is_scoped(fake, monkeypatch):
     seen = []
 
@@ -150,8 +189,8 @@ def test_precision_is_scoped(fake, monkeypatch):
         seen.append(jnp.ones(()).dtype)
         return Outcome([GOOD], [REJECTED])
 
-    one = replace(statement(Outcome([], [])), check=check)
-    two = replace(one, precision="float32")
+    one = proof(Outcome([], []))._replace(check=check)
+    two = one._replace(statement=replace(one.statement, precision="float32"))
     monkeypatch.setattr(verification, "load", {"D1": one, "D2": two}.__getitem__)
     before = jnp.ones(()).dtype
     verification.verify(["D1", "D2"])
@@ -211,8 +250,8 @@ def test_results_so_far_survive_an_interruption(fake, monkeypatch, tmp_path):
     def stop(context: Context) -> Outcome:
         raise KeyboardInterrupt
 
-    stopping = replace(statement(Outcome([], []), "P3"), check=stop)
-    found = {"D1": statement(Outcome([GOOD], [REJECTED])), "P3": stopping}
+    stopping = proof(Outcome([], []), "P3")._replace(check=stop)
+    found = {"D1": proof(Outcome([GOOD], [REJECTED])), "P3": stopping}
     monkeypatch.setattr(verification, "load", found.__getitem__)
     file = tmp_path / "out.json"
     assert cli.main(["verify", "D1", "P3", "--json", str(file)]) == 130
@@ -237,11 +276,12 @@ def test_bad_input_of_verify(arguments, message, capsys):
 
 @pytest.mark.parametrize("number", verification.MODULES)
 def test_every_statement_says_what_it_is(number):
-    found = verification.load(number)
+    found = verification.load(number).statement
     assert found.number == number
     texts = [found.title, found.claim, found.formula, found.instances, found.rule, found.tolerance]
     assert all(texts)
     assert found.hypotheses
+    assert core.FORMULA not in found.hypotheses
     assert found.source
 
 

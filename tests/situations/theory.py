@@ -568,4 +568,4 @@ def _() -> Outcome:
 def _() -> Outcome:
     case = core.Case("lost", True, np.nan, None, "nothing")
     outcome = core.Outcome([case], [core.Control("wrong", True, "seen")])
-    return same(verification.Result(verification.load("L1"), outcome, 0.0).holds, False)
+    return same(verification.Result(verification.load("L1").statement, outcome, 0.0).holds, False)
