@@ -304,7 +304,8 @@ def _inside_by_channel(name: str) -> Outcome:
     given, bounds = in_channels()
     threat = threat_models.make(name, 0.3, 16, bounds)
     x = given.x.astype(np.float32)
-    found = measure(Network(linear, given.w.astype(np.float32)), Split(x, given.y), threat, strong_targets(5), key=jax.random.key(0))
+    network = Network(linear, given.w.astype(np.float32))
+    found = measure(network, Split(x, given.y), threat, strong_targets(5), key=jax.random.key(0))
     z = found.images.astype(float)
     low, high = bounds
     outside = np.maximum(low - z, z - high).max()
