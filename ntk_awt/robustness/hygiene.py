@@ -430,8 +430,8 @@ def check(
     """
     # Weights that are not finite are for the first rule, so the network enters by its shapes.
     shapes = jax.eval_shape(lambda: network)
-    first = split[:IMAGES]
-    x, y = check_examples(shapes, np.asarray(first.x), np.asarray(first.y), threat)
+    images, labels = np.asarray(split.x)[:IMAGES], np.asarray(split.y)[:IMAGES]
+    x, y = check_examples(shapes, images, labels, threat)
     subject = Subject(network.folded(), x, y, threat)
     sound = finite(subject, *(() if attacked is None else (attacked[:IMAGES],)))
     if sound.status != "pass":
