@@ -120,8 +120,7 @@ class Problem:
         """
         p = self.config.record.probe_size
         x, y = (jnp.asarray(a[:p]) for a in (self.dataset.x_validation, self.dataset.y_validation))
-        apply, params = self.dense.apply, self.dense.params
-        found = perturb(self.attack, apply, params, x, y, self.threat, self.key("probe"))
+        found = perturb(self.attack, self.dense, x, y, self.threat, self.key("probe"))
         return x, found.images
 
     @cached_property
@@ -139,6 +138,10 @@ class Problem:
     def load(self, path: Path) -> Ticket:
         """A network of this run's model, from its file."""
         return masks.load_ticket(path, self.dense.params)
+
+    def network(self, ticket: Ticket) -> Network:
+        """The function of this run's model with other parameters, mask and gain."""
+        return Network(self.dense.apply, *ticket)
 
     def describe(self, name: str) -> dict[str, str]:
         """What the file of a network says of it, so that it can be used without its run."""

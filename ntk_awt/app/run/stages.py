@@ -31,9 +31,10 @@ from ntk_awt.kernels import (
 )
 from ntk_awt.network import density
 from ntk_awt.robustness import hygiene
-from ntk_awt.robustness.accuracy import evaluate as measure
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.robustness.suite import Assessment, Bar, identity, make_suites
 from ntk_awt.robustness.suite import assess as assess_network
+from ntk_awt.types import Split
 
 __all__ = ["assess", "evaluate", "make_tickets", "opened", "run", "summarise", "train"]
 
@@ -131,12 +132,10 @@ def _train(problem: Problem, writer: Writer, name: str) -> None:
             arrays = {"step": record.steps, **observed._asdict()}
             files.save_arrays(writer.paths.dynamics(name, record.epoch), arrays)
             validation = measure(
-                problem.dense.apply,
-                masks.effective(*record.ticket),
-                x,
-                y,
-                threat=problem.threat,
-                attack=problem.attack,
+                problem.network(record.ticket),
+                Split(x, y),
+                problem.threat,
+                problem.attack,
                 key=problem.key("validation"),
             )
             row = TrainedEpoch(
@@ -257,19 +256,16 @@ def assess(
     config = problem.config
     settings, threat_config = settings or config.evaluation, threat_config or config.threat
     suites = make_suites(settings, threat_config.epsilon, config.attack.attack_step_ratio)
-    trained, d = problem.load(paths.trained(name)), problem.dataset
+    d = problem.dataset
     dense, transferred = paths.evaluation("dense"), None
     if name != "dense" and threat_config == config.threat and dense.exists():
         shape = (min(len(d.x_test), hygiene.IMAGES), *d.image_shape)
         wanted = {"attacked": ("f", shape)}
         fix = "delete it: the network is evaluated anew"
         transferred = files.load_arrays(dense, wanted, fix=fix)["attacked"]
-    start = problem.load(paths.ticket(name))
     return assess_network(
-        problem.dense.apply,
-        masks.effective(*trained),
-        d.x_test,
-        d.y_test,
+        problem.network(problem.load(paths.trained(name))),
+        Split(d.x_test, d.y_test),
         threat=problem.make_threat(threat_config),
         suites=suites,
         key=problem.key("evaluation"),
@@ -277,7 +273,7 @@ def assess(
         label=name,
         folder=paths.attacks(name, identity(threat_config, suites)),
         transferred=transferred,
-        pruning=hygiene.Pruning(trained.params, trained.mask, start.mask),
+        ticket=problem.network(problem.load(paths.ticket(name))),
         chosen_on=d.x_validation,
     )
 
