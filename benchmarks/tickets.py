@@ -20,7 +20,7 @@ import optax
 
 from ntk_awt import kernels, masks, tickets
 from ntk_awt.app.config import MaskConfig, RunConfig, TicketConfig
-from ntk_awt.app.names import resolve
+from ntk_awt.app.run.methods import resolve
 from ntk_awt.attacks import PGD
 from ntk_awt.kernels import compat
 from ntk_awt.network import Network
@@ -125,7 +125,7 @@ def run(repeats: int = 3) -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # neural-tangents' notes on its own settings
         ntt = resolve(RunConfig(mask=MaskConfig(density=0.03, allocation="uniform")), "ntt")
-        ntt = ntt._replace(ticket=dataclasses.replace(ntt.ticket, ticket_batch_size=64))
+        ntt = dataclasses.replace(ntt, ticket=dataclasses.replace(ntt.ticket, ticket_batch_size=64))
         erk, attacked = MaskConfig(density=0.03), TicketConfig(inputs="dense")
         return [
             _row("NTT search, MLP 784-300-100-10, 3 %", ntt.ticket, ntt.mask, repeats),

@@ -122,6 +122,7 @@ def evaluate_run(
         raise InputError("--images", expected="none: a run has its test images", got="a file")
     settings, threat = _settings(request, run.config.evaluation, run.config.threat)
     files.check_folder(f"run folder {root}", root)
+    run.records  # noqa: B018  a damaged log is said before minutes of work
     problem, bar = Problem(run.config), reporter.bar
     return [
         Found(

@@ -25,6 +25,7 @@ from rich.console import Console
 from ntk_awt import files
 from ntk_awt.app import plots
 from ntk_awt.app.cli import commands as cli
+from ntk_awt.app.cli import progress
 from ntk_awt.app.report import page as report
 from tests.app.run.test_stages import CONFIG, run
 
@@ -755,7 +756,8 @@ def test_bad_input(bad, finished, tmp_path, monkeypatch, capsys):
     here.mkdir(parents=True)
     shutil.copytree(finished, here / "run")
     monkeypatch.chdir(here)
-    monkeypatch.setattr(cli, "console", Console(file=io.StringIO()))
+    for module in (cli, progress):
+        monkeypatch.setattr(module, "console", Console(file=io.StringIO()))
     bad.setup(here)
     before = content(tmp_path)
     code = cli.main(shlex.split(bad.command))
@@ -800,7 +802,8 @@ def test_a_full_disk_at_five_moments_changes_no_number(finished, tmp_path, monke
         with monkeypatch.context() as patched:
             patched.setattr(files, "replace", full)
             patched.setattr(plots, "replace", full)
-            patched.setattr(cli, "console", Console(file=io.StringIO()))
+            for module in (cli, progress):
+                patched.setattr(module, "console", Console(file=io.StringIO()))
             assert cli.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
