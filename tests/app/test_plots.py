@@ -1,6 +1,8 @@
 """What the figures of kernel measures draw: data, names and units, and nothing over the data."""
 
 import re
+import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -247,3 +249,17 @@ def test_figures_of_twenty_networks_have_room():
         plots.search(rows),
     ):
         assert not overlaps(figure)  # a layout that collapses warns, which is an error here
+
+
+def test_every_figure_is_found_and_matplotlib_loads_with_the_first():
+    for name in plots.__all__:
+        assert callable(getattr(plots, name))
+    with pytest.raises(AttributeError, match="no attribute 'pie'"):
+        _ = plots.pie
+    code = (
+        "import sys; from ntk_awt.app import plots; from ntk_awt.app.report import page\n"
+        "print([m for m in ('matplotlib', 'jinja2', 'jax') if m in sys.modules])\n"
+        "plots.save; print('matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "True"]

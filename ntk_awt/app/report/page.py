@@ -1,18 +1,22 @@
-"""The HTML report, from the records of one or several run folders; nothing is computed again."""
+"""The HTML report, from the records of one or several run folders; nothing is computed again.
+
+Who only reads records loads neither Matplotlib nor Jinja2.
+"""
 
 import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
 from ntk_awt import files
 from ntk_awt.app import plots, verdicts
 from ntk_awt.errors import InputError, check_name, check_structure, choose
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _EVALUATE = "delete it and run again: the network is evaluated anew"
 _REMOVE = "remove the line, or take the file from a copy"
@@ -193,6 +197,8 @@ def embedded(path: Path) -> str:
 
 def render(template: str, **values: Any) -> str:
     """A page from one of the package's templates."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ntk_awt.app.report"),
         autoescape=True,
@@ -277,7 +283,7 @@ def compare(roots: list[Path], path: Path) -> Path:
 
 def write_sweep(
     root: Path,
-    figures: Mapping[str, tuple[Figure, str]],
+    figures: Mapping[str, tuple["Figure", str]],
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],
     found: Mapping[str, Any],
