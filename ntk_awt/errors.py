@@ -1,4 +1,7 @@
-"""Input checks: what was expected, what was got, what to change. Imports nothing of ours."""
+"""Input checks: what was expected, what was got, what to change. Imports nothing of ours.
+
+JAX loads on the first check of an array, so that the command line can complain without it.
+"""
 
 import math
 import re
@@ -6,12 +9,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input from the user: one line, `expected …, got …`, and what to change.
 
     The command line prints it without a traceback and exits with code 2.
@@ -29,6 +30,8 @@ class InputError(Exception):
 
 def leaf_name(path: Any) -> str:
     """Name of a pytree leaf as people write it: `dense1/kernel`."""
+    import jax
+
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -142,6 +145,9 @@ def check_count(what: str, value: int, *, low: int) -> None:
 
 def check_finite(what: str, tree: Any) -> None:
     """Raise if any leaf of `tree` holds NaN or infinity; the error names the leaf and how many."""
+    import jax
+    import jax.numpy as jnp
+
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         values = np.asarray(leaf)
         if jnp.issubdtype(values.dtype, np.inexact) and not (ok := np.isfinite(values)).all():
@@ -165,6 +171,8 @@ def check_images(what: str, images: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -
         images: [n, *shape].
         bounds: (low, high), numbers or arrays that broadcast to one image.
     """
+    import jax.numpy as jnp
+
     values = np.asarray(images)
     if not jnp.issubdtype(values.dtype, np.floating):
         raise InputError(
@@ -231,6 +239,7 @@ def check_same_tree(what: str, tree: Any, reference: Any, *, scalars: bool = Fal
 
     The error names the first leaf that is missing, unknown or of another shape.
     """
+    import jax
 
     def leaves(t: Any) -> dict[str, tuple[int, ...]]:
         flat = jax.tree_util.tree_leaves_with_path(t)

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ntk_awt import __version__
@@ -230,6 +229,8 @@ def check_tree(root: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and the device."""
+    import jax
+
     names = ("jax", "jaxlib", "flax", "optax", "neural-tangents", "numpy")
     return {
         "ntk-awt": __version__,

@@ -57,9 +57,10 @@ MAY_IMPORT |= {
     "app.evaluations": {"app.sources", "app.plots"},
     "app.linear": {"theory", "data", "app.config", "app.plots"},
     "app.sweep": {"app.run", "app.plots"},
-    "app.cli": {"app.sources", "app.evaluations", "app.linear", "app.sweep", "app.interrupts"},
+    "app.cli": {"app.sources", "app.evaluations", "app.linear", "app.sweep", "app.interrupts"}
+    | {""},
     "app": set(),
-    "__main__": {"app.cli", "app.interrupts"},
+    "__main__": {"", "app.cli", "app.interrupts"},
     "proofs_check": LIBRARY | {"app.report"},
     "benchmarks": LIBRARY | {"proofs_check"},
 }

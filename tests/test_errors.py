@@ -27,7 +27,7 @@ def test_message_has_every_part():
     error = InputError("density", expected="a number", got="'x'", fix="use digits")
     assert str(error) == "density: expected a number, got 'x'; use digits"
     assert str(InputError("a", expected="b", got="c")) == "a: expected b, got c"
-    assert isinstance(error, Exception)
+    assert isinstance(error, ValueError)
 
 
 def test_leaf_name():

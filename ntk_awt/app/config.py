@@ -379,6 +379,31 @@ class RunConfig:
             raise InputError("networks", expected="each once", got=", ".join(self.networks))
 
 
+PRESETS: dict[str, RunConfig] = {
+    "digits": RunConfig(),
+    "mnist": RunConfig(
+        data=DataConfig("mnist"),
+        model=ModelConfig(input_mean=0.1307, input_std=0.3081),
+        mask=MaskConfig(density=0.1),
+        ticket=TicketConfig(target_weight=0.0, reselect="regrow-units"),
+        train=TrainConfig(epochs=8, batch_size=128, learning_rate=3e-3),
+    ),
+    "cifar10": RunConfig(
+        data=DataConfig("cifar10"),
+        model=ModelConfig("conv4", input_mean=0.4734, input_std=0.2516),
+        threat=ThreatConfig(epsilon=8 / 255),
+        ticket=TicketConfig(
+            target_weight=0.0, reselect="regrow-units", estimator="probes", ticket_batch_size=128
+        ),
+        train=TrainConfig(epochs=30, batch_size=128),
+    ),
+}
+"""Settings by data set: those of the demo, of experiments/mnist_standardised.toml at its best
+density, and of experiments/cifar10_conv4.toml. Where units have enough weights (not on digits) the
+search is what measured best: standardised inputs, the kernel distance alone, and each unit keeps
+its number of weights."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain TOML/JSON values; settings that are not set are left out."""
 

@@ -20,7 +20,8 @@ The dense network does not depend on the density: it is trained once a seed.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,15 +78,6 @@ class SweepConfig:
         return replace(self.base, seed=seed, mask=replace(self.base.mask, density=density))
 
 
-def is_sweep(path: Path) -> bool:
-    """Whether a config file has the table `sweep`.
-
-    Raises:
-        InputError: the file is missing, or is not TOML.
-    """
-    return "sweep" in configs.read(path)
-
-
 def load(path: Path, *, quick: bool = False) -> SweepConfig:
     """Read a sweep's config file.
 
@@ -97,6 +89,9 @@ def load(path: Path, *, quick: bool = False) -> SweepConfig:
         InputError: unknown or ill-typed settings, no densities or seeds, no table `sweep.quick`.
     """
     values = configs.read(path)
+    if "sweep" not in values:
+        fix = f"a single run is: ntk-awt run --config {path}"
+        raise InputError(f"config file {path}", expected="a table [sweep]", got="none", fix=fix)
     grid = configs.convert(values.pop("sweep"), dict[str, Any], f"{path.name}.sweep")
     changes = grid.pop("quick", None)
     if quick:
@@ -130,6 +125,20 @@ def folder(root: Path, density: float, seed: int) -> Path:
     return root / f"density-{density:g}" / f"seed-{seed}"
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A reporter whose bars name the cell of the sweep."""
+
+    reporter: Reporter
+    name: str
+
+    def bar(
+        self, label: str, total: int, unit: str
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """See `Reporter.bar`."""
+        return self.reporter.bar(f"{self.name} {label}", total, unit)
+
+
 def run(config: SweepConfig, root: Path, reporter: Reporter) -> dict[str, Any]:
     """Run whatever is not done yet, then gather; returns the content of `sweep.json`.
 
@@ -150,7 +159,8 @@ def run(config: SweepConfig, root: Path, reporter: Reporter) -> dict[str, Any]:
         for done, (density, seed) in enumerate(cells):
             show(done)
             at = folder(root, density, seed)
-            current = Run(config.run(density, seed), at, reporter)
+            cell = f"[{done + 1}/{len(cells)} density {density:g} seed {seed}]"
+            current = Run(config.run(density, seed), at, _Cell(reporter, cell))
             for other in config.densities:
                 adopt_dense(current, Paths(folder(root, other, seed)))
             current.run()

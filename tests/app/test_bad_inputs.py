@@ -313,12 +313,10 @@ CASES = {
         ),
     ],
     "sweeps": [
-        case("run --config s.toml", "a value of type dict", setup=text("s.toml", "sweep = 3")),
-        case(
-            "run --config s.toml", "densities", "list", setup=text("s.toml", "[sweep]\nseeds=[0]")
-        ),
+        case("sweep s.toml", "a value of type dict", setup=text("s.toml", "sweep = 3")),
+        case("sweep s.toml", "densities", "list", setup=text("s.toml", "[sweep]\nseeds=[0]")),
         *(
-            case("run --config s.toml", *words, setup=text("s.toml", f"[sweep]\n{table}"))
+            case("sweep s.toml", *words, setup=text("s.toml", f"[sweep]\n{table}"))
             for table, *words in (
                 ("densities = []\nseeds = [0]", "one or more"),
                 ("densities = [0.1]\nseeds = []", "one or more"),
@@ -333,18 +331,18 @@ CASES = {
             )
         ),
         case(
-            "run --config s.toml --quick",
+            "sweep s.toml --quick",
             "a table [sweep.quick]",
             setup=text("s.toml", "[sweep]\ndensities = [0.1]\nseeds = [0]"),
         ),
         case(
-            "run --config s.toml --quick",
+            "sweep s.toml --quick",
             "sweep.quick",
             "dict",
             setup=text("s.toml", "[sweep]\ndensities = [0.1]\nseeds = [0]\nquick = 3"),
         ),
         case(
-            "run --config s.toml --run-dir s",
+            "sweep s.toml --run-dir s",
             "links that lead outside",
             setup=both(
                 text("s.toml", "[sweep]\ndensities = [0.1]\nseeds = [0]"),

@@ -6,19 +6,22 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from ntk_awt import masks
+from ntk_awt import __version__, masks
 from ntk_awt.app import config as configs
 from ntk_awt.app import sources as inspection
-from ntk_awt.app import verdicts
+from ntk_awt.app import sweep, verdicts
 from ntk_awt.app.cli import commands as cli
+from ntk_awt.app.cli import progress, settings, tables
 from ntk_awt.app.config import RunConfig
 from ntk_awt.app.run import stages as experiment
 from ntk_awt.errors import InputError
@@ -53,29 +56,141 @@ def test_help(command, capsys):
     assert f"ntk-awt {command}" in capsys.readouterr().out
 
 
-def test_every_setting_is_a_flag(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
-    text = capsys.readouterr().out
-    for name in configs.identity(RunConfig()):
-        section, _, field = name.rpartition(".")
-        flag = section if field == "name" else field
-        assert re.search(rf"--{flag.replace('_', '-')}[ ,]", text), name
+def shown(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
-def test_flags_override_the_file(tmp_path, monkeypatch):
-    file = tmp_path / "settings.toml"
-    file.write_text("seed = 3\n[mask]\ndensity = 0.25\n[train]\nepochs = 7\n")
-    seen = []
-    monkeypatch.setattr(
-        experiment, "Run", lambda config, *rest: seen.append(config) or exit_early()
+def flag_of(setting):
+    section, _, field = setting.rpartition(".")
+    return f"--{(section if field == 'name' else field).replace('_', '-')}"
+
+
+@pytest.mark.parametrize("command", ["run", "ticket"])
+def test_help_is_short_and_help_all_has_every_setting(command, capsys):
+    whole = shown([command, "--help-all"], capsys)
+    brief = shown([command, "--help"], capsys)
+    everything = ["networks", *configs.identity(RunConfig()), "data.data_dir"]
+    for name in everything:
+        if name != "variants":
+            assert re.search(rf"{flag_of(name)}[ ,]", whole), name
+            assert bool(re.search(rf"{flag_of(name)}[ ,]", brief)) == (name in settings.COMMON)
+    for flag in ("--config FILE", "--preset {digits,mnist,cifar10}", "--run-dir"):
+        assert flag in brief
+        assert flag in whole
+    assert f"ntk-awt {command} --help-all" in " ".join(brief.split())
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_does_not_speak_tyro(command, capsys):
+    """An optional value needs no {None}, which nobody would type."""
+    assert "None}" not in shown([command, "--help-all"], capsys)
+
+
+def test_choices_are_in_braces(capsys):
+    whole = " ".join(shown(["run", "--help-all"], capsys).split())
+    for name, values in settings.CHOICES.items():
+        assert f"{flag_of(name)} {settings.braces(values)}" in whole.replace("[{", "{"), name
+    for arguments in (["evaluate", "--help"], ["kernel", "--help"]):
+        text = shown(arguments, capsys)
+        assert "{linf,l2,strong-l2}" in text or "{full,diagonal,trace,NUMBER}" in text
+
+
+@pytest.mark.parametrize("name", settings.CHOICES)
+def test_choices_are_those_that_there_are(name):
+    """Each value that help shows is taken, and no other one."""
+    section, _, field = name.partition(".")
+    part = getattr(RunConfig(), section)
+
+    def check(value):
+        value = (value,) if name == "evaluation.attacks" else value
+        changed = dataclasses.replace(part, **{field: value})
+        experiment.check_names(dataclasses.replace(RunConfig(), **{section: changed}))
+
+    for value in settings.CHOICES[name]:
+        check(value)
+    with pytest.raises(InputError) as caught:
+        check("nonsense")
+    listed = str(caught.value).partition("one of ")[2].partition(", got")[0].split(", ")
+    assert set(listed) == set(settings.CHOICES[name])
+
+
+def test_version_loads_nothing():
+    code = (
+        "import sys; sys.argv[1:] = ['--version']\n"
+        "from ntk_awt.__main__ import main\n"
+        "assert main() == 0\n"
+        "print([m for m in ('jax', 'numpy', 'tyro', 'rich') if m in sys.modules])"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"ntk-awt {__version__}", "[]"]
 
-    def exit_early():
+
+def test_help_loads_no_jax():
+    code = (
+        "import sys; sys.argv[1:] = ['run', '--help']\n"
+        "from ntk_awt.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The configs that `run` was asked for; nothing is run."""
+    seen = []
+
+    def stop(config, *rest):
+        seen.append(config)
         raise InputError("stop", expected="here", got="here")
 
+    monkeypatch.setattr(experiment, "Run", stop)
+    return seen
+
+
+@pytest.mark.parametrize("name", configs.PRESETS)
+def test_preset_parses_and_flags_override_it(name, asked):
+    assert cli.main(["run", "--preset", name]) == 2
+    assert cli.main(["run", "--epochs", "2", f"--preset={name}", "--target-weight", "0.5"]) == 2
+    plain, changed = asked
+    assert plain == configs.PRESETS[name]
+    assert (changed.train.epochs, changed.ticket.target_weight) == (2, 0.5)
+    assert changed.data == plain.data
+    assert dataclasses.replace(changed, train=plain.train, ticket=plain.ticket) == plain
+    experiment.check_names(plain)
+    assert configs.from_dict(configs.to_dict(plain)) == plain
+
+
+def test_presets_are_the_settings_that_were_measured():
+    assert configs.PRESETS["digits"] == RunConfig()
+    root = Path(cli.__file__).parents[3] / "experiments"
+    for name, file, density in (
+        ("mnist", "mnist_standardised", 0.1),
+        ("cifar10", "cifar10_conv4", 0.05),
+    ):
+        preset = configs.PRESETS[name]
+        assert preset.ticket.target_weight == 0
+        assert preset.ticket.reselect == "regrow-units"
+        assert preset.model.input_mean > 0
+        assert preset.mask.density == density
+        wanted = sweep.load(root / f"{file}.toml").base
+        for section in ("data", "threat", "attack", "train", "record"):
+            assert getattr(preset, section) == getattr(wanted, section)
+    assert preset.model == dataclasses.replace(wanted.model, input_mean=0.4734, input_std=0.2516)
+    assert preset.ticket == dataclasses.replace(
+        wanted.ticket, target_weight=0.0, reselect="regrow-units"
+    )
+
+
+def test_flags_override_the_file(tmp_path, asked):
+    file = tmp_path / "settings.toml"
+    file.write_text("seed = 3\n[mask]\ndensity = 0.25\n[train]\nepochs = 7\n")
     assert cli.main(["run", "--config", str(file), "--epochs", "2", "--data", "mnist"]) == 2
-    (config,) = seen
+    (config,) = asked
     assert (config.seed, config.mask.density, config.train.epochs) == (3, 0.25, 2)
     assert config.data.name == "mnist"
 
@@ -191,6 +306,8 @@ def test_evaluate_prints_and_writes_numbers(run_dir, tmp_path, capsys):
         assert [turn["attack"] for turn in row["attacks"]] == ["pgd", "apgd-ce"]
         assert row["robust"]["value"] <= min(turn["robust_accuracy"] for turn in row["attacks"])
     cli.main([*arguments, "--networks", "random"])
+    assert "{" not in capsys.readouterr().out
+    cli.main([*arguments, "--networks", "random", "--json", "-"])
     (alone,) = json.loads(capsys.readouterr().out.partition("\n")[2])
     assert alone["robust"]["value"] == alone["attacks"][-1]["robust_accuracy"]
     assert [turn["attack"] for turn in alone["attacks"]] == ["apgd-ce", "apgd-t"]  # the run's
@@ -600,24 +717,79 @@ def test_ticket_file_that_does_not_say_its_model(tmp_path, metadata, message, ca
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("width", "columns"), [(20, 0), (80, 3), (200, 10)])
-def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(width, columns, monkeypatch):
+def terminal(width):
+    """A terminal of that width, and what is printed there."""
     printed = io.StringIO()
-    monkeypatch.setattr(cli, "console", Console(file=printed, width=width))
-    headers = ("density", "network", *(f"{name} distance [rel.²]" for name in "abcdefghij"))
-    cells = ["0.03", "snip-robust", *(f"{i}8.76 ± 0.12" for i in range(10))]
-    cli.console.print(cli._fitted(headers, [cells]))
-    assert sum(f"{i}8.76" in printed.getvalue() for i in range(10)) == columns
+    return Console(file=printed, width=width, force_terminal=True, color_system=None), printed
+
+
+HEADERS = ("density", "network", *(f"{name} distance [rel.²]" for name in "abcdefghij"))
+CELLS = ["0.03", "snip-robust", *(f"{i}8.76 ± 0.12" for i in range(10))]
+
+
+@pytest.mark.parametrize(("width", "columns"), [(20, 0), (80, 3), (200, 10)])
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(width, columns):
+    console, printed = terminal(width)
+    tables.show_plain(console, HEADERS, [CELLS])
+    assert sum(f"{i}8.76 ± 0.12" in printed.getvalue() for i in range(10)) == columns
     assert "…" not in printed.getvalue()
     assert "0.03" in printed.getvalue()
     assert max(map(len, printed.getvalue().splitlines())) <= width
+    said = " ".join(printed.getvalue().split())
+    assert ("too narrow a terminal for: " in said) == (columns < 10)
+    for name in "abcdefghij"[columns:]:
+        assert f"{name} distance [rel.²]" in said
+
+
+def test_a_pipe_has_no_width():
+    printed = io.StringIO()
+    tables.show_plain(Console(file=printed, width=20), HEADERS, [CELLS], "a title " * 30)
+    assert all(cell in printed.getvalue() for cell in CELLS)
+    assert all(header in printed.getvalue() for header in HEADERS)
+    assert "narrow" not in printed.getvalue()
+
+
+def test_the_least_important_columns_go_first_and_prose_wraps_between_words():
+    columns = (
+        tables.Column("network", 0),
+        tables.Column("unimportant", 2),
+        tables.Column("measured", 1, prose=True),
+        tables.Column("important", 0),
+    )
+    row = ("random", "1234567", "some words that go on", "7654321")
+    console, printed = terminal(44)
+    tables.show(console, columns, [row])
+    text = printed.getvalue()
+    assert "7654321" in text
+    assert "1234567" not in text
+    assert {"some", "words", "that", "go", "on", "random"} <= set(text.replace("│", " ").split())
+    assert "too narrow a terminal for: unimportant" in text
+    console, printed = terminal(30)
+    tables.show(console, columns, [row])
+    assert "some" not in printed.getvalue()
+    assert "too narrow a terminal for: unimportant, measured" in " ".join(
+        printed.getvalue().split()
+    )
+
+
+def test_a_finished_bar_has_no_rate(monkeypatch):
+    console, printed = terminal(120)
+    monkeypatch.setattr(progress, "console", console)
+    with progress.Bars().bar("[1/2 density 0.1 seed 0] dense: train", 2, "epochs") as show:
+        show(1)
+        show(2)
+    last = [line for line in printed.getvalue().splitlines() if "2/2" in line][-1]
+    assert "[1/2 density 0.1 seed 0] dense: train" in last
+    assert "2/2 epochs" in last
+    assert "/s" not in last
+    assert "left" not in last
 
 
 def test_status_is_shown_on_a_terminal_only(monkeypatch):
     for terminal in (True, False):
         written = io.StringIO()
-        monkeypatch.setattr(cli, "console", Console(file=written, force_terminal=terminal))
-        with cli.Bars().status("kernel"):
+        monkeypatch.setattr(progress, "console", Console(file=written, force_terminal=terminal))
+        with progress.Bars().status("kernel"):
             pass
         assert ("kernel" in written.getvalue()) == terminal
 
@@ -642,6 +814,11 @@ def test_report_redraws_one_and_compares_two(run_dir, tmp_path):
         (["run", "--config", "no.toml"], "config file no.toml"),
         (["run", "--config"], "a TOML file after it"),
         (["run", "--config="], "a TOML file after it"),
+        (["run", "--preset"], "one of digits, mnist, cifar10 after it"),
+        (["run", "--preset", "mnits"], "did you mean 'mnist'"),
+        (["run", "--preset", "mnist", "--config", "no.toml"], "expected one of them, got both"),
+        (["sweep", "no.toml"], "config file no.toml"),
+        (["sweep"], "required"),
         (["evaluate", "nowhere"], "run folder nowhere"),
         (["kernel", "nowhere"], "run folder nowhere"),
         (["train", "nowhere"], "run folder nowhere"),

@@ -1,5 +1,7 @@
 """Sweeps: the grid file, one dense network a seed, what is gathered."""
 
+import contextlib
+import io
 import json
 import math
 import shlex
@@ -62,9 +64,9 @@ def test_ctrl_c_says_the_whole_command(file, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sweep, "run", interrupt)
     root = str(tmp_path / "a folder")
-    assert cli.main(["run", f"--config={file}", "--seeds", "7", "--run-dir", root]) == 130
+    assert cli.main(["sweep", str(file), "--seeds", "7", "--run-dir", root]) == 130
     command = shlex.split(capsys.readouterr().err.rpartition("to resume: ")[2])
-    assert command == ["ntk-awt", "run", f"--config={file}", "--seeds", "7", "--run-dir", root]
+    assert command == ["ntk-awt", "sweep", str(file), "--seeds", "7", "--run-dir", root]
 
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -80,11 +82,22 @@ def test_experiment_files_name_what_there_is(path, quick):
 
 
 @pytest.fixture(scope="module")
-def finished(file):
-    """The quick version through the command line."""
+def printed(file):
+    """Folder of the quick version through the command line, and what it printed."""
     root = file.parent / "run"
-    assert cli.main(["run", "--config", str(file), "--quick", "--run-dir", str(root)]) == 0
-    return root
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert cli.main(["sweep", str(file), "--quick", "--run-dir", str(root)]) == 0
+    return root, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(printed):
+    return printed[0]
+
+
+def test_bars_name_the_cell(printed):
+    for cell in ("[1/2 density 0.1 seed 0]", "[2/2 density 0.3 seed 0]"):
+        assert f"{cell} random: train" in printed[1]
 
 
 def test_quick_changes_the_grid_and_the_settings(file):
@@ -112,7 +125,7 @@ def test_quick_changes_the_grid_and_the_settings(file):
 def test_bad_files(tmp_path, capsys, old, new, message):
     path = tmp_path / "small.toml"
     path.write_text(TEXT.replace(old, new), encoding="utf-8")
-    assert cli.main(["run", "--config", str(path), "--run-dir", str(tmp_path / "r")]) == 2
+    assert cli.main(["sweep", str(path), "--run-dir", str(tmp_path / "r")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -122,16 +135,28 @@ def test_bad_files(tmp_path, capsys, old, new, message):
 def test_quick_needs_its_table(tmp_path, capsys):
     path = tmp_path / "small.toml"
     path.write_text(TEXT.split("[sweep.quick]")[0], encoding="utf-8")
-    assert cli.main(["run", "--config", str(path), "--quick"]) == 2
+    assert cli.main(["sweep", str(path), "--quick"]) == 2
     assert "[sweep.quick]" in capsys.readouterr().err
 
 
-def test_a_run_s_config_is_not_a_sweep(tmp_path):
+def test_a_run_s_config_is_not_a_sweep(tmp_path, capsys):
     path = tmp_path / "run.toml"
     path.write_text("seed = 3\n", encoding="utf-8")
-    assert not sweep.is_sweep(path)
     with pytest.raises(InputError, match=r"nothing\.toml: expected a TOML file"):
-        sweep.is_sweep(tmp_path / "nothing.toml")
+        sweep.load(tmp_path / "nothing.toml")
+    assert cli.main(["sweep", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        f"expected a table [sweep], got none; a single run is: ntk-awt run --config {path}\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "ticket"])
+def test_a_sweep_is_not_a_run_s_config(command, file, capsys):
+    assert cli.main([command, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.endswith(f"use: ntk-awt sweep {file}\n")
 
 
 def results(root: Path, density: float):
@@ -197,7 +222,7 @@ def test_a_failed_check_of_a_sweep_is_seen(finished, file, tmp_path, monkeypatch
             wrong = (row["network"], flag["name"]) == ("mine", "black box")
             flag |= {"value": 0.0125 if wrong else 0.0, "status": "fail" if wrong else "pass"}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["run", "--config", str(file), "--quick", "--run-dir", str(root)]
+    arguments = ["sweep", str(file), "--quick", "--run-dir", str(root)]
     assert cli.main([*arguments, "--strict"]) == 1
     shown = capsys.readouterr().err.splitlines()
     lines = [line for line in shown if line.startswith("verdict of ")]

@@ -5,188 +5,81 @@ and 143: interrupted by Ctrl-C or SIGTERM, with the command that resumes (`inter
 reads the output any more.
 """
 
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import logging
 import os
 import shlex
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
 from rich.text import Text
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from ntk_awt import files
-from ntk_awt.app import config as configs
-from ntk_awt.app.config import RunConfig
+from ntk_awt import __version__, files
+from ntk_awt.app.cli import tables
+from ntk_awt.app.cli.progress import Bars, console, warnings_in_one_line
+from ntk_awt.app.cli.settings import (
+    ATTACKS,
+    THREATS,
+    RunSettings,
+    Settings,
+    SweepSettings,
+    braces,
+    parsed,
+    run_settings,
+)
 from ntk_awt.app.interrupts import at_end, install, kept, leave, line
 from ntk_awt.app.verdicts import NOT_JUDGED, Verdict, count, of_run, verdict
 from ntk_awt.errors import InputError, check_count, choose
 
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Left to `main`: Rich would exit with 1."""
-        raise BrokenPipeError
-
-
-console = _Console(stderr=True)
-
-
-# ---------------------------------------------------------------- progress
-
-
-class _Rate(ProgressColumn):
-    """Units a second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "compiling")
-
-
-class Bars:
-    """Progress bars with rates and time left, on the terminal's error stream."""
-
-    @contextmanager
-    def bar(self, label: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
-        """See `experiment.Reporter.bar`."""
-        columns = (
-            TextColumn("{task.description:<18}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(label, total=total, unit=unit)
-            yield lambda done: progress.update(task, completed=done)
-
-    @contextmanager
-    def status(self, label: str) -> Iterator[None]:
-        """What is being done, and since when, on a terminal; for work of unknown length."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        silent = not console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=silent) as progress:
-            progress.add_task(label, total=None)
-            yield
-
-
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Python's warnings as one line each, above the progress bars; the same text once."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, *rest: object) -> None:
-        text = " ".join(str(message).split())
-        if text not in said:
-            said.add(text)
-            console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
-
+__all__ = ["COMMANDS", "main"]
 
 # ---------------------------------------------------------------- commands
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `run` and `ticket` take: every setting, and where to keep the run."""
-
-    config: OmitArgPrefixes[RunConfig]
-    run_dir: Path | None = None
-    """Folder of the run; runs/NAME, a name made from the settings, if not given."""
-
-    def open(self):
-        """The run, with progress bars."""
-        from ntk_awt.app.run.stages import Run
-
-        root = self.run_dir or Path("runs") / configs.run_name(self.config)
-        opened = Run(self.config, root, Bars())
-        kept.append(root)
-        return opened
+JsonFile = Annotated[Path | None, arg(name="json", metavar="FILE")]
 
 
-@dataclass(frozen=True)
-class RunSettings(Settings):
-    """What `run` takes."""
+def _open(settings: Settings):
+    """The run, with progress bars."""
+    from ntk_awt.app.run.stages import Run
 
-    strict: bool = False
-    """Exit with 1 if a hygiene check of a network fails."""
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """What `run` takes with the config file of a sweep."""
-
-    quick: bool = False
-    """Apply the file's table [sweep.quick]: fewer seeds, a shorter training."""
-    seeds: tuple[int, ...] | None = None
-    """Only these seeds, in place of the file's: several calls can share the work."""
-    densities: tuple[float, ...] | None = None
-    """Only these densities, in place of the file's."""
-    data_dir: Path | None = None
-    """Folder of the data files; else the environment variable NTK_AWT_DATA (or its sub-folder)."""
-    run_dir: Path | None = None
-    """Folder of the sweep; runs/NAME (NAME-quick) of the config file, if not given."""
-    strict: bool = False
-    """Exit with 1 if a hygiene check of a network fails."""
+    opened = Run(settings.config, settings.root, Bars())
+    kept.append(settings.root)
+    return opened
 
 
-def run_sweep(path: Path, settings: SweepSettings) -> int:
+def run(settings: RunSettings) -> int:
+    """Find the ticket, train and compare all networks, write the report."""
+    opened = _open(settings)
+    results = opened.run()
+    verdicts = of_run(results)
+    tables.show_networks(console, results, verdicts)
+    print(f"report: {opened.paths.report}")
+    return _say(verdicts.values(), strict=settings.strict)
+
+
+def sweep(settings: SweepSettings) -> int:
     """Networks × densities × seeds as one resumable experiment, gathered in one page."""
-    from ntk_awt.app import sweep
+    from ntk_awt.app import sweep as sweeps
 
-    config = sweep.load(path, quick=settings.quick)
+    config = sweeps.load(settings.file, quick=settings.quick)
     changes = {"seeds": settings.seeds, "densities": settings.densities}
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
     if settings.data_dir is not None:
         images = dataclasses.replace(config.base.data, data_dir=settings.data_dir)
         config = dataclasses.replace(config, base=dataclasses.replace(config.base, data=images))
-    root = settings.run_dir or Path("runs") / (path.stem + "-quick" * settings.quick)
+    root = settings.run_dir or Path("runs") / (settings.file.stem + "-quick" * settings.quick)
     kept.append(root)
-    found = sweep.run(config, root, Bars())
-    console.print(_fitted(sweep.HEADERS, sweep.table_rows(found)))
+    found = sweeps.run(config, root, Bars())
+    tables.show_plain(console, sweeps.HEADERS, sweeps.table_rows(found))
     print(f"report: {root / 'sweep.html'}")
-    return _say(sweep.judge(config, root), strict=settings.strict)
-
-
-def run(settings: RunSettings) -> int:
-    """Find the ticket, train and compare all networks, write the report."""
-    opened = settings.open()
-    results = opened.run()
-    verdicts = of_run(results)
-    console.print(_networks_table(results, verdicts))
-    print(f"report: {opened.paths.report}")
-    return _say(verdicts.values(), strict=settings.strict)
+    return _say(sweeps.judge(config, root), strict=settings.strict)
 
 
 def ticket(settings: Settings) -> int:
@@ -194,11 +87,11 @@ def ticket(settings: Settings) -> int:
     from ntk_awt import masks
     from ntk_awt.app.names import ordered
 
-    opened = settings.open()
+    opened = _open(settings)
     opened.make_tickets()
     for name in ordered(settings.config.networks):
         found = opened.load_ticket(name)
-        console.print(_layers_table(name, masks.statistics(found.mask, found.gain)))
+        tables.show_layers(console, name, masks.statistics(found.mask, found.gain))
         print(f"ticket: {opened.paths.ticket(name)}")
     return 0
 
@@ -235,14 +128,14 @@ def train(run_dir: Positional[Path], networks: tuple[str, ...] = (), strict: boo
 def evaluate(
     source: Positional[str],
     networks: tuple[str, ...] = (),
-    attacks: tuple[str, ...] = (),
-    threat: str | None = None,
+    attacks: Annotated[tuple[str, ...], arg(metavar=f"[{braces(ATTACKS)} ...]")] = (),
+    threat: Annotated[str | None, arg(metavar=braces(THREATS))] = None,
     epsilon: float | None = None,
     steps: int | None = None,
     restarts: int | None = None,
     images: Path | None = None,
     out: Path | None = None,
-    json_file: Annotated[Path | None, arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Robust accuracy of trained networks under any attacks, and whether it can be trusted.
 
@@ -253,19 +146,20 @@ def evaluate(
         source: a run folder, a saved network's FILE.safetensors, RUN/checkpoints/STAGE, or
             module:function of your own that returns (apply, params).
         networks: of a run folder only these; all if not given.
-        attacks: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, auto; the run's if not given.
-        threat: linf, l2 or strong-l2; the run's if not given.
+        attacks: each on what those before it left; the run's if not given.
+        threat: what the adversary may do; the run's if not given.
         epsilon: radius in pixel units; the run's if not given.
         steps: gradient steps of each attack (Square makes 50 queries for each); the run's if not
             given.
         restarts: random restarts of each attack; the run's if not given.
         images: FILE.npz with images x [n, *shape] and labels y [n], for a source without a run.
         out: folder of the outcomes and the figure; the run folder, or evaluation/ if not given.
-        json_file: write the numbers there as well.
+        json_file: write the numbers there as well, or with - to the output.
     """
     from ntk_awt.app import evaluations as robustness
 
-    files.check_output("--json", json_file, ".json")
+    to_output = json_file == Path("-")
+    files.check_output("--json", None if to_output else json_file, ".json")
     request = robustness.Request(attacks, threat, epsilon, steps, restarts, images)
     if robustness.is_run(source):
         if out is not None:
@@ -281,12 +175,12 @@ def evaluate(
         kept.append(folder)
         found = [robustness.evaluate_source(source, request, folder, Bars())]
     rows = [one.record() for one in found]
-    console.print(_attacks_table(rows))
-    console.print(_flags_table(rows))
+    tables.show_attacks(console, rows)
+    tables.show_flags(console, rows)
     print(f"figure: {robustness.draw(found, folder, 'evaluate')}")
-    if json_file is None:
+    if to_output:
         print(json.dumps(rows, indent=2))
-    else:
+    elif json_file is not None:
         files.write_json(json_file, rows)
         print(f"numbers: {json_file}")
     return _say(
@@ -298,15 +192,15 @@ def evaluate(
 def kernel(
     source: Positional[str],
     network: str | None = None,
-    state: str | None = None,
-    inputs: str | None = None,
+    state: Annotated[str | None, arg(metavar="{initial,trained}")] = None,
+    inputs: Annotated[str | None, arg(metavar="{clean,adversarial,mixed}")] = None,
     images: Path | None = None,
     images2: Path | None = None,
-    outputs: str = "full",
-    engine: str = "auto",
+    outputs: Annotated[str, arg(metavar="{full,diagonal,trace,NUMBER}")] = "full",
+    engine: Annotated[str, arg(metavar="{auto,layerwise,contraction,products}")] = "auto",
     batch: int | None = None,
     out: Path | None = None,
-    json_file: Annotated[Path | None, arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Tangent kernel of a network: measured, saved as .npz and drawn.
 
@@ -321,7 +215,7 @@ def kernel(
             in place of the probe set.
         images2: the same, for the columns of a mixed kernel.
         outputs: full, diagonal, trace (the mean over outputs), or the number of one output.
-        engine: auto, layerwise, contraction or products.
+        engine: how to compute it; auto takes the cheapest.
         batch: images a tile; chosen from the memory if not given.
         out: the .npz file; if not given, in the run folder's figures/, else in the current folder.
             The pictures lie beside it.
@@ -346,10 +240,7 @@ def kernel(
     with bars.status("metrics and pictures"):
         metrics = inspection.measure(result)
         pictures = inspection.draw(result, file)
-    table = _table("metric", "value", "unit", title=file.stem)
-    for name, value, unit in metrics:
-        table.add_row(name, _number(value), escape(unit))
-    console.print(table)
+    tables.show_metrics(console, file.stem, metrics)
     print(f"kernel {list(result.kernel.shape)}: {file}")
     for picture in pictures:
         print(f"picture: {picture}")
@@ -365,7 +256,7 @@ def linear(arguments: list[str]) -> int:
     from ntk_awt.app import linear as linear_study
     from ntk_awt.theory.linear.studies import stop_workers
 
-    settings = _parsed(
+    settings = parsed(
         linear_study.Settings, "ntk-awt linear", arguments, description=linear.__doc__
     )
     at_end.append(stop_workers)
@@ -373,10 +264,7 @@ def linear(arguments: list[str]) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     found = linear_study.run(settings, Bars().bar)
     for title, headers, rows in found.tables:
-        table = _table(*headers, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        tables.show_plain(console, headers, rows, title)
     for path in linear_study.save(found, settings):
         print(f"{found.name}: {path}")
     return 0
@@ -403,7 +291,7 @@ def report(run_dirs: Positional[tuple[Path, ...]], out: Path = Path("comparison.
 
 def bench(
     names: Positional[tuple[str, ...]] = (),
-    json_file: Annotated[Path | None, arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Time our kernels, attacks and searches against a peer in the same run (needs a checkout).
 
@@ -430,7 +318,7 @@ def verify(
     names: Positional[tuple[str, ...]] = (),
     full: bool = False,
     seed: int = 0,
-    json_file: Annotated[Path | None, arg(name="json")] = None,
+    json_file: JsonFile = None,
     report: Path | None = None,
 ) -> int:
     """Check the statements of the theory by numbers; exit code 1 if any fails.
@@ -470,7 +358,7 @@ def verify(
     for result in results:
         for complaint in page.complaints(result):
             console.print(complaint, markup=False, highlight=False, soft_wrap=True)
-    console.print(_statements_table(results))
+    tables.show_statements(console, results)
     if json_file is not None:
         print(f"results: {json_file}")
     if report is not None:
@@ -478,168 +366,24 @@ def verify(
     return 0 if all(result.holds for result in results) else 1
 
 
-# ---------------------------------------------------------------- verdicts and tables
-
-STYLES = {"passed": "", "warned": "yellow", "failed": "red", NOT_JUDGED: "yellow"}
-SIGNS = {"passed": "", "warned": " !", "failed": " ✗"}
+# ---------------------------------------------------------------- verdicts
 
 
 def _say(found: Iterable[Verdict], *, strict: bool) -> int:
     """Print each verdict, then how many there are of each kind; the exit code."""
     found = list(found)
     for one in found:
-        line = Text(f"verdict of {one}", STYLES[one.status])
+        line = Text(f"verdict of {one}", tables.STYLES[one.status])
         console.print(line, soft_wrap=True)
     console.print(f"verdicts: {count(found)}", highlight=False, soft_wrap=True)
     return int(strict and any(one.status == "failed" for one in found))
-
-
-def _statements_table(results: list[Any]) -> Table:
-    table = _table(
-        "statement",
-        "holds",
-        "margin\n[parts]",
-        "bound /\nactual",
-        "cases\n[held]",
-        "controls\n[rejected]",
-        "time\n[s]",
-        title="margin: distance from violation, in parts of what is allowed",
-    )
-    for result in results:
-        cases, controls = result.outcome.cases, result.outcome.controls
-        table.add_row(
-            f"{result.statement.number} {result.statement.title}",
-            "yes" if result.holds else "NO",
-            _number(result.margin),
-            "–" if result.tightness is None else f"{result.tightness:.3g}",
-            f"{sum(case.holds for case in cases)} / {len(cases)}",
-            f"{sum(control.rejected for control in controls)} / {len(controls)}",
-            f"{result.seconds:.1f}",
-        )
-    return table
-
-
-def _percent(value: float, low: float, high: float, n: int = 0) -> str:
-    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _number(value: float) -> str:
-    return {"inf": "∞", "nan": "undefined"}.get(str(value), f"{value:.4g}")
-
-
-def _table(first: str, *headers: str, title: str | None = None) -> Table:
-    """An empty table that cuts no word; square brackets in title and headers are no markup."""
-    others = [Column(escape(header), overflow="fold") for header in headers]
-    return Table(Column(first, no_wrap=True), *others, title=title and escape(title))
-
-
-def _fitted(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """As many columns, from the left, as there is room for whole cells; a report has them all."""
-    columns = zip(headers, *rows, strict=True)
-    widths = [max(map(len, [*header.split(), *cells])) for header, *cells in columns]
-    fitting = [n for n in range(2, len(widths) + 1) if sum(widths[:n]) + 3 * n < console.width]
-    shown = max(fitting, default=1)
-    table = _table(*headers[:shown])
-    for column, width in zip(table.columns, widths, strict=False):
-        column.width = width
-    for row in rows:
-        table.add_row(*row[:shown])
-    return table
-
-
-def _networks_table(results: dict[str, Any], verdicts: dict[str, Verdict]) -> Table:
-    table = _table(
-        "network",
-        "density\n[0–1]",
-        "natural\n[%]",
-        "robust\n[%]",
-        "gap\n[logits]",
-        "Θ dist.\n[rel.²]",
-        title="test accuracy with 95 % interval, mean dynamics gap, kernel distance at start",
-    )
-    if any(one.status != "passed" for one in verdicts.values()):
-        table.caption = "✗: a check fails, !: a check warns; see the verdicts"
-    for name, values in results["networks"].items():
-        status = verdicts[name].status
-        table.add_row(
-            Text(name + SIGNS[status], STYLES[status]),
-            f"{values['density']:.4g}",
-            _percent(values["natural_accuracy"], *values["natural_interval"]),
-            _percent(values["robust_accuracy"], *values["robust_interval"]),
-            f"{values['dynamics_gap']:.3g}",
-            f"{values['relative_kernel_distance']:.3g}",
-        )
-    return table
-
-
-def _attacks_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "network",
-        "attack",
-        "tried on\n[images]",
-        "left\n[images]",
-        "accuracy\n[%], 95 % interval",
-        title="after each attack; the worst case of all last",
-    )
-    for row in rows:
-        table.add_row(row["network"], "none", "", "", _percent(**row["natural"]))
-        for turn in row["attacks"]:
-            table.add_row(
-                "",
-                turn["attack"] + (f" ({turn['suite']})" if turn["suite"] != turn["attack"] else ""),
-                str(turn["attacked"]),
-                str(turn["survived"]),
-                _percent(turn["robust_accuracy"], *turn["robust_interval"]),
-            )
-        table.add_row("", "all", "", "", _percent(**row["robust"]), end_section=True)
-    return table
-
-
-def _flags_table(rows: list[dict[str, Any]]) -> Table:
-    """The checks that did not pass; all of them are in the JSON file and in a run's report."""
-    flags = [(row["network"], flag) for row in rows for flag in row["hygiene"]["flags"]]
-    raised = [(network, flag) for network, flag in flags if flag["status"] != "pass"]
-    table = _table("check", "network", "status", "value (limit) [unit]", "measured")
-    table.title = f"hygiene: {len(flags) - len(raised)} of {len(flags)} checks pass"
-    for network, flag in raised:
-        table.add_row(
-            flag["name"],
-            network,
-            Text(flag["status"], {"warn": "yellow", "fail": "red"}[flag["status"]]),
-            escape(f"{flag['value']:.3g} ({flag['limit']:.3g}) [{flag['unit']}]"),
-            flag["meaning"],
-        )
-    return table
-
-
-def _layers_table(name: str, rows: list[Any]) -> Table:
-    table = _table(
-        "layer",
-        "shape\n[*window, in, out]",
-        "kept\n[weights]",
-        "density\n[kept / all]",
-        "gain γ\n[factor]",
-        "dead inputs\n[units]",
-        "dead outputs\n[units]",
-        title=name,
-    )
-    for row in rows:
-        table.add_row(
-            row.name,
-            "×".join(map(str, row.shape)),
-            str(row.kept),
-            f"{row.density:.4g}",
-            f"{row.gain:.3f}",
-            str(row.dead_inputs),
-            str(row.dead_outputs),
-        )
-    return table
 
 
 # ---------------------------------------------------------------- entry
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run,
+    "sweep": sweep,
     "ticket": ticket,
     "train": train,
     "evaluate": evaluate,
@@ -649,18 +393,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "verify": verify,
     "bench": bench,
 }
-
-
-def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The FILE of --config FILE or --config=FILE, if given, and the other arguments."""
-    for at, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            following = [value] if equals else arguments[at + 1 : at + 2]
-            if not following or not following[0]:
-                raise InputError("--config", expected="a TOML file after it", got="nothing")
-            return Path(following[0]), arguments[:at] + arguments[at + 1 + (not equals) :]
-    return None, arguments
 
 
 def _bound(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
@@ -673,30 +405,10 @@ def _bound(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     return bind
 
 
-def _parsed(kind: Any, program: str, arguments: list[str], **settings: Any) -> Any:
-    """What the arguments say, or Tyro's complaint as one line; `--help` is shown as it is."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=arguments, **settings)
-    except SystemExit as stop:
-        if stop.code != 2:
-            raise
-    # A box: what is wrong, a rule, then the options that may have been meant, each with its help.
-    boxed = [row.strip("╭╮╰╯│─ ") for row in said.getvalue().splitlines()]
-    rules = [at for at, row in enumerate(said.getvalue().splitlines()) if "│ ──" in row]
-    first = rules[0] if rules else len(boxed)
-    options = dict.fromkeys(row for row in boxed[first:] if row.startswith("--"))
-    options.pop(f"{program} --help", None)
-    raise InputError(
-        "arguments",
-        expected=" or ".join(options) or f"those of {program} --help",
-        got=" ".join(filter(None, boxed[1:first])),
-        fix=f"see {program} --help",
-    )
-
-
 def _dispatch(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"ntk-awt {__version__}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [
             f"  {name:<10} {(f.__doc__ or '').splitlines()[0]}" for name, f in COMMANDS.items()
@@ -709,30 +421,13 @@ def _dispatch(arguments: list[str]) -> int:
     command = COMMANDS[name]
     if command is linear:  # its settings are declared where they are used: it loads them itself
         return linear(rest)
-    if command not in (run, ticket):
-        return _parsed(_bound(command), f"ntk-awt {name}", rest)()
-    path, rest = _split_config(rest)
-    if command is run and path is not None:
-        from ntk_awt.app import sweep
-
-        if sweep.is_sweep(path):
-            found = _parsed(
-                SweepSettings,
-                f"ntk-awt run --config {path}",
-                rest,
-                description=run_sweep.__doc__,
-            )
-            return run_sweep(path, found)
-    config = RunConfig() if path is None else configs.load(path)
-    kind = RunSettings if command is run else Settings
-    settings = _parsed(
-        kind,
-        f"ntk-awt {name}",
-        rest,
-        description=f"{command.__doc__} With --config FILE.toml, flags override the file.",
-        default=kind(config),
-    )
-    return command(settings)
+    program, about = f"ntk-awt {name}", command.__doc__ or ""
+    if command in (run, ticket):
+        kind = RunSettings if command is run else Settings
+        return command(run_settings(kind, program, about, rest))
+    if command is sweep:
+        return sweep(parsed(SweepSettings, program, rest, description=about))
+    return parsed(_bound(command), program, rest)()
 
 
 def _one_line(text: str) -> str:
@@ -745,7 +440,7 @@ def _fail(text: str) -> int:
     return 2
 
 
-@_warnings_in_one_line()
+@warnings_in_one_line()
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
