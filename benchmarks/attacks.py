@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ntk_awt import masks, models, training
 from ntk_awt.app.config import ModelConfig, TrainConfig
-from ntk_awt.attacks import PGD, cross_entropy, example_keys
+from ntk_awt.attacks import PGD, NetworkLoss, example_keys
 from ntk_awt.network import Network
 from ntk_awt.threats import Linf
 from ntk_awt.types import Params
@@ -59,7 +59,7 @@ def passes(network: Network, batch: Inputs, count: int) -> Callable[[], jax.Arra
 
     @jax.jit
     def run(params: Params, batch: Inputs) -> jax.Array:
-        loss = cross_entropy(network.apply, params, batch.y)
+        loss = NetworkLoss(network.replace(params=params), batch.y)
         gradient = jax.grad(lambda z: loss(z).sum())
 
         def step(z: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -78,7 +78,9 @@ def attacked(
 
     @jax.jit
     def run(params: Params, batch: Inputs, keys: jax.Array) -> jax.Array:
-        return attack.run(cross_entropy(network.apply, params, batch.y), batch.x, threat, keys)[0]
+        return attack.run(
+            NetworkLoss(network.replace(params=params), batch.y), batch.x, threat, keys
+        )[0]
 
     def call(seed: int = 3) -> jax.Array:
         keys = example_keys(jax.random.key(seed), jnp.arange(len(batch.x)))

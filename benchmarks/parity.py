@@ -17,8 +17,9 @@ from ntk_awt import data, files, models
 from ntk_awt.app.config import DataConfig, ModelConfig
 from ntk_awt.attacks import ATTACKS
 from ntk_awt.files import versions
-from ntk_awt.robustness.accuracy import evaluate
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.threats import L2, Linf
+from ntk_awt.types import Split
 from tests.fixtures.make_parity import CASES, FIXTURES, POINTS
 
 RESULTS = Path(__file__).parent / "results" / "attacks-parity.json"
@@ -38,13 +39,11 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     rows = []
     for norm, threat in (("linf", Linf(case.linf)), ("l2", L2(case.l2))):
         for attack in ("apgd-ce", "apgd-t"):
-            found = evaluate(
-                network.apply,
-                params,
-                x,
-                y,
-                threat=threat,
-                attack=ATTACKS[attack](steps=100),
+            found = measure(
+                network.replace(params=params),
+                Split(x, y),
+                threat,
+                ATTACKS[attack](steps=100),
                 key=jax.random.key(0),
                 batch_size=250,
             )

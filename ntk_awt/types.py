@@ -5,7 +5,7 @@ part of the package accepts any such pair, whoever wrote it.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,27 @@ images [h, w, c], [c, 1, 1] for images [c, h, w].
 """
 
 ApplyFn: TypeAlias = Callable[[Params, Images], Logits]
+
+
+class Split(NamedTuple):
+    """Images with their labels; a slice, a mask or an array of rows takes both.
+
+    Attributes:
+        x: images [n, *shape], JAX or NumPy.
+        y: labels [n], integers.
+
+    Example:
+        >>> split = Split(jnp.zeros((5, 28, 28, 1)), jnp.arange(5))
+        >>> split[:2].x.shape, split[jnp.array([4, 0])].y.tolist()
+        ((2, 28, 28, 1), [4, 0])
+    """
+
+    x: Any
+    y: Any
+
+    def __getitem__(self, rows: Any) -> "Split":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The examples of these rows."""
+        return Split(self.x[rows], self.y[rows])
 
 
 # ---------------------------------------------------------------- precision

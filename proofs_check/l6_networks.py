@@ -23,9 +23,10 @@ import scipy.stats
 from ntk_awt import data, masks, models, threats, training
 from ntk_awt.app.config import DataConfig, ModelConfig, TrainConfig
 from ntk_awt.attacks import PGD, perturb
-from ntk_awt.robustness import accuracy as evaluation
+from ntk_awt.network import Network
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.threats import L2, StrongL2, Threat
-from ntk_awt.types import Images, Params
+from ntk_awt.types import Images, Params, Split
 from proofs_check.core import (
     FORMULA,
     Case,
@@ -285,7 +286,7 @@ def _attack(check: Recorder, context: Context) -> None:
         threat = StrongL2(EPSILON, delta, directions, OPEN)
         params = {"w": jnp.asarray(w, jnp.float32)}
         key = jax.random.key(index)
-        attacked = perturb(attack, _two_logits, params, x, y, threat, key).images
+        attacked = perturb(attack, Network(_two_logits, params), x, y, threat, key).images
         losses.append((np.asarray(attacked, float) - np.asarray(x)) @ w * (1 - 2 * np.asarray(y)))
         reaches.append(np.full(4, strong_reach(EPSILON, delta, a, b)))
         wrong.append(np.full(4, EPSILON * np.hypot(a, b)))
@@ -341,13 +342,11 @@ def _trained(check: Recorder, context: Context) -> None:
                 key=key,
             )
             found = [
-                evaluation.evaluate(
-                    apply,
-                    masks.effective(*fitted),
-                    images.x_validation,
-                    images.y_validation,
-                    threat=judge,
-                    attack=PGD(40, random_start=start),
+                measure(
+                    Network(apply, masks.effective(*fitted)),
+                    Split(images.x_validation, images.y_validation),
+                    judge,
+                    PGD(40, random_start=start),
                     key=key,
                 )
                 for judge in (strong, ball)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import APGD, ATTACKS, PGD, cross_entropy, example_keys
+from ntk_awt.attacks import APGD, ATTACKS, PGD, NetworkLoss, example_keys
+from ntk_awt.network import Network
 from ntk_awt.robustness import hygiene
-from ntk_awt.robustness.accuracy import evaluate
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.threats import THREATS, Linf
+from ntk_awt.types import Split
 from tests import threat_models
 from tests.modes import mode
 
@@ -31,7 +33,7 @@ def apply(params: Any, x: Any) -> Any:
 
 def run(attack: Any, threat: Any, params: Any, x: Any, y: Any, key: Any) -> Any:
     keys = example_keys(key, jnp.arange(N))
-    return attack.run(cross_entropy(apply, params, y), x, threat, keys)
+    return attack.run(NetworkLoss(Network(apply, params), y), x, threat, keys)
 
 
 @pytest.mark.parametrize("name", sorted(THREATS))
@@ -53,7 +55,7 @@ def test_evaluation_and_rules(mode: str, monkeypatch):
     monkeypatch.setattr(hygiene, "STEPS", (1, 2))
     monkeypatch.setattr(hygiene, "QUERIES", 2)
     threat, key, attack = Linf(0.2), jax.random.key(0), PGD(steps=2)
-    found = evaluate(apply, W, X, Y, threat=threat, attack=attack, key=key)
+    found = measure(Network(apply, W), Split(X, Y), threat, attack, key=key)
     assert found.natural.value == 1
-    judged = hygiene.check(apply, W, X, Y, threat=threat, attack=attack, key=key)
+    judged = hygiene.check(Network(apply, W), Split(X, Y), threat, attack, key=key)
     assert judged.radii[float(threat.epsilon)] == found.robust.value

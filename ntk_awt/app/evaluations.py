@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ntk_awt import masks, threats
+from ntk_awt import threats
 from ntk_awt.app import plots
 from ntk_awt.app.config import AttackConfig, EvaluationConfig, ThreatConfig
 from ntk_awt.app.names import ordered
@@ -19,8 +19,8 @@ from ntk_awt.app.run.stages import Paths, Reporter, open_run
 from ntk_awt.app.sources import Source, load_images, open_source
 from ntk_awt.attacks import ATTACKS
 from ntk_awt.errors import InputError, check_number, choose
-from ntk_awt.robustness.hygiene import Pruning
 from ntk_awt.robustness.suite import Assessment, assess, identity, make_suites
+from ntk_awt.types import Split
 
 
 class Request(NamedTuple):
@@ -154,24 +154,17 @@ def evaluate_source(name: str, request: Request, folder: Path, reporter: Reporte
     settings, threat = _settings(request, evaluation, threat)
     x, y = _images(source, request.images)
     built = threats.build(threat, bounds) if run is None else run.make_threat(threat)
-    apply, params = source.network.apply, source.network.params
-    pruning = None
-    if source.mask is not None and source.gain is not None:
-        pruning = Pruning(params, source.mask, None)
-        params = masks.effective(params, source.mask, source.gain)
+    network = source.network.replace(mask=source.mask, gain=source.gain)
     suites = make_suites(settings, threat.epsilon, attack.attack_step_ratio)
     found = assess(
-        apply,
-        params,
-        x,
-        y,
+        network,
+        Split(x, y),
         threat=built,
         suites=suites,
         key=key,
         bar=reporter.bar,
         label=source.name,
-        folder=folder / identity(threat, suites, _fingerprint(params, x, y)),
-        pruning=pruning,
+        folder=folder / identity(threat, suites, _fingerprint(network, x, y)),
         chosen_on=chosen_on,
     )
     label = source.name if run is None else f"{source.name}, seed {run.config.seed}"

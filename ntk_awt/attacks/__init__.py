@@ -8,7 +8,6 @@ from functools import partial
 
 from ntk_awt.attacks.apgd import APGD
 from ntk_awt.attacks.base import (
-    CRITERIA,
     Attack,
     Attacked,
     LossFn,
@@ -16,12 +15,11 @@ from ntk_awt.attacks.base import (
     check_classes,
     check_examples,
     check_given,
-    criterion,
-    cross_entropy,
     example_keys,
     perturb,
 )
 from ntk_awt.attacks.fab import FAB
+from ntk_awt.attacks.losses import CRITERIA, Criterion, cross_entropy, squared
 from ntk_awt.attacks.pgd import PGD
 from ntk_awt.attacks.square import Square
 from ntk_awt.errors import choose
@@ -84,15 +82,16 @@ __all__ = [
     "PGD",
     "Attack",
     "Attacked",
+    "Criterion",
     "LossFn",
     "NetworkLoss",
     "Square",
     "check_classes",
     "check_examples",
     "check_given",
-    "criterion",
     "cross_entropy",
     "example_keys",
     "perturb",
+    "squared",
     "suite",
 ]

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from ntk_awt.attacks.losses import Criterion, cross_entropy
 from ntk_awt.errors import InputError, check_finite, check_images, check_labels
 from ntk_awt.network import Network, check_network
 from ntk_awt.threats import Threat, check_kind, check_threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, PerExample
+from ntk_awt.types import Images, Key, Labels, Logits, PerExample
 
 LossFn: TypeAlias = Callable[[Images], PerExample]
 """`images[n, *shape] -> loss[n]`; the loss of an image depends on that image alone."""
@@ -39,15 +39,23 @@ class NetworkLoss:
     """The loss z ↦ ℓ(f(z), y) for each image, and what it is made of.
 
     Attributes:
-        apply, params: the network f.
+        network: f, folded: its weights γ⊙m⊙θ are computed here, not in every step of an attack.
         labels: y, [n].
-        value: ℓ, `(logits[n, c], labels[n]) -> loss[n]`.
+        value: ℓ, a criterion such as `cross_entropy` or `squared`.
+
+    Example:
+        >>> from ntk_awt.attacks import squared
+        >>> network = Network(lambda w, z: z @ w, jnp.eye(2))
+        >>> print(NetworkLoss(network, jnp.array([0]), squared)(jnp.array([[3.0, 1.0]])))
+        [2.5]
     """
 
-    apply: ApplyFn
-    params: Params
+    network: Network
     labels: Labels
-    value: Callable[[Logits, Labels], PerExample]
+    value: Criterion = cross_entropy
+
+    def __post_init__(self):
+        object.__setattr__(self, "network", self.network.folded())
 
     def logits(self, z: Images) -> Logits:
         """f(z), [n, c], in the dtype of z: attacks add and compare in that of the images."""
@@ -58,7 +66,7 @@ class NetworkLoss:
                 got=f"{z.dtype}",
                 fix="images.astype('float32'); the weights may stay as they are",
             )
-        logits = self.apply(self.params, z)
+        logits = self.network(z)
         check_classes(logits.shape)
         return logits.astype(z.dtype)
 
@@ -108,37 +116,6 @@ class Attacked(NamedTuple):
     success: jax.Array
 
 
-def _squared(logits: Logits, y: Labels) -> PerExample:
-    difference = logits - jax.nn.one_hot(y, logits.shape[1], dtype=logits.dtype)
-    return jnp.sum(difference**2, -1) / 2
-
-
-CRITERIA: dict[str, Callable[[Logits, Labels], PerExample]] = {
-    "cross-entropy": optax.softmax_cross_entropy_with_integer_labels,
-    "squared": _squared,
-}
-"""Losses of single images by name, `(logits[n, c], labels[n]) -> loss[n]`.
-
-cross-entropy: −log softmax(f)_y, in nats. squared: ½‖f − onehot(y)‖².
-"""
-
-
-def criterion(name: str, apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
-    """The loss z ↦ ℓ(f(z), y) for each image; `name` is one in `CRITERIA`.
-
-    Example:
-        >>> loss = criterion("squared", lambda w, z: z @ w, jnp.eye(2), jnp.array([0]))
-        >>> print(loss(jnp.array([[3.0, 1.0]])))
-        [2.5]
-    """
-    return NetworkLoss(apply, params, y, CRITERIA[name])
-
-
-def cross_entropy(apply: ApplyFn, params: Params, y: Labels) -> NetworkLoss:
-    """The loss z ↦ −log softmax(f(z))_y for each image, in nats."""
-    return criterion("cross-entropy", apply, params, y)
-
-
 def wide(values: jax.Array, like: Images) -> jax.Array:
     """One value an image, [n], shaped to broadcast against images."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
@@ -172,12 +149,12 @@ def check_given(what: str, threat: Threat | None, attack: Attack | None) -> tupl
 
 
 def check_examples(
-    apply: ApplyFn, params: Params, x: Any, y: Any, threat: Threat | None
+    network: Network, x: Any, y: Any, threat: Threat | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raise unless a network can be attacked at these examples.
 
     Args:
-        apply, params: the network.
+        network: f; only its parameters are looked at, not its mask or gain.
         x: images [n, *shape], floating, inside `threat.bounds`.
         y: labels [n], integers.
         threat: its radius must not be negative; it warns of one that does not fit the images. None
@@ -201,30 +178,29 @@ def check_examples(
     images = np.asarray(x, jax.dtypes.canonicalize_dtype(wanted))  # float32 unless x64 is enabled
     if threat is not None:
         check_threat(threat, images)
-    classes = check_network(Network(apply, params), images, empty=True)
+    classes = check_network(network, images, empty=True)
     check_classes((len(x), classes))
     check_labels("labels", y, len(x), classes)
     return images, np.asarray(y, np.int32)
 
 
-@partial(jax.jit, static_argnames=("attack", "apply"))
+@partial(jax.jit, static_argnames="attack")
 def _attacked(
-    attack: Attack, apply: ApplyFn, params: Params, x: Images, y: Labels, threat: Threat, key: Key
+    attack: Attack, network: Network, x: Images, y: Labels, threat: Threat, key: Key
 ) -> Attacked:
     keys = example_keys(key, jnp.arange(x.shape[0]))
-    images, loss = attack.run(cross_entropy(apply, params, y), x, threat, keys)
-    return Attacked(images, loss, jnp.argmax(apply(params, images), -1) != y)
+    images, loss = attack.run(NetworkLoss(network, y), x, threat, keys)
+    return Attacked(images, loss, jnp.argmax(network(images), -1) != y)
 
 
 def perturb(
-    attack: Attack, apply: ApplyFn, params: Params, x: Images, y: Labels, threat: Threat, key: Key
+    attack: Attack, network: Network, x: Images, y: Labels, threat: Threat, key: Key
 ) -> Attacked:
     """Attack the cross-entropy of a network: x̃ ≈ argmax over z in B(x) of ℓ(f(z), y).
 
     Args:
         attack: e.g. `PGD(steps=40)`.
-        apply: `(params, x) -> logits`.
-        params: parameters of the network.
+        network: f, dense or sparse.
         x: clean images [n, *shape], floating, inside `threat.bounds` (pixel units).
         y: labels [n], integers.
         threat: the allowed set.
@@ -242,13 +218,13 @@ def perturb(
         >>> import jax, jax.numpy as jnp
         >>> from ntk_awt.attacks import PGD
         >>> from ntk_awt.threats import Linf
-        >>> apply = lambda w, x: x @ w
+        >>> network = Network(lambda w, x: x @ w, jnp.eye(2))
         >>> x, y = jnp.array([[0.5, 0.4]]), jnp.array([0])
-        >>> result = perturb(PGD(steps=5), apply, jnp.eye(2), x, y, Linf(0.1), jax.random.key(0))
+        >>> result = perturb(PGD(steps=5), network, x, y, Linf(0.1), jax.random.key(0))
         >>> print(result.images.round(3), result.success)
         [[0.4 0.5]] [ True]
     """
-    images, labels = map(jnp.asarray, check_examples(apply, params, x, y, threat))
-    result = _attacked(attack, apply, params, images, labels, threat, key)
+    images, labels = map(jnp.asarray, check_examples(network, x, y, threat))
+    result = _attacked(attack, network.folded(), images, labels, threat, key)
     check_finite("loss under attack", result.loss)
     return result

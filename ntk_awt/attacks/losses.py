@@ -1,11 +1,11 @@
-"""Losses of logits that attacks maximise besides the cross-entropy: differences of logits, scaled.
+"""Losses of logits that attacks maximise: criteria of training, and differences of logits, scaled.
 
-Unlike the cross-entropy they don't saturate, and DLR does not change with the scale of the logits.
-Gradients flow through the denominators.
+Unlike the cross-entropy the differences don't saturate, and DLR does not change with the scale of
+the logits. Gradients flow through the denominators.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,49 @@ import optax
 
 from ntk_awt.types import Labels, Logits, PerExample
 
+Criterion: TypeAlias = Callable[[Logits, Labels], PerExample]
+"""`(logits[n, c], labels[n]) -> loss[n]`; the loss of an image depends on its logits alone."""
+
 _TINY = 1e-12
+
+
+def cross_entropy(logits: Logits, y: Labels) -> PerExample:
+    """−log softmax(f)_y, in nats.
+
+    Args:
+        logits: f, [n, c].
+        y: labels [n], integers.
+
+    Returns:
+        [n], in the dtype of the logits.
+
+    Example:
+        >>> print(cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([0])).round(3))
+        [0.693]
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def squared(logits: Logits, y: Labels) -> PerExample:
+    """½‖f − onehot(y)‖².
+
+    Args:
+        logits: f, [n, c].
+        y: labels [n], integers.
+
+    Returns:
+        [n], in the dtype of the logits.
+
+    Example:
+        >>> print(squared(jnp.array([[3.0, 1.0]]), jnp.array([0])))
+        [2.5]
+    """
+    difference = logits - jax.nn.one_hot(y, logits.shape[1], dtype=logits.dtype)
+    return jnp.sum(difference**2, -1) / 2
+
+
+CRITERIA: dict[str, Criterion] = {"cross-entropy": cross_entropy, "squared": squared}
+"""Criteria by name."""
 
 
 def _entry(logits: Logits, classes: Labels) -> PerExample:
@@ -92,9 +134,7 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "cross-entropy": Objective(
-        lambda z, y, _: optax.softmax_cross_entropy_with_integer_labels(z, y)
-    ),
+    "cross-entropy": Objective(lambda z, y, _: cross_entropy(z, y)),
     "dlr": Objective(lambda z, y, _: dlr(z, y), classes=3, instead="cross-entropy"),
     "targeted-margin": Objective(targeted_margin, targeted=True),
     "targeted-dlr": Objective(targeted_dlr, targeted=True, classes=4, instead="targeted-margin"),

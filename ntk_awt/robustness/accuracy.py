@@ -1,4 +1,4 @@
-"""Natural and robust accuracy with exact binomial intervals, under one or several attacks."""
+"""Natural and robust accuracy under one attack, with exact binomial intervals."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.attacks import Attack, check_examples, cross_entropy, example_keys
+from ntk_awt.attacks import Attack, NetworkLoss, check_examples, example_keys
 from ntk_awt.errors import check_finite, check_number
+from ntk_awt.network import Network
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
+from ntk_awt.types import Images, Key, Labels, Split
 
 
 class Proportion(NamedTuple):
@@ -79,32 +80,24 @@ def combine(outcomes: Sequence[Evaluation]) -> Evaluation:
     return outcomes[0]._replace(robust=proportion(robust), robust_correct=robust, images=images)
 
 
-@partial(jax.jit, static_argnames=("apply", "attack"))
+@partial(jax.jit, static_argnames="attack")
 def _batch(
-    apply: ApplyFn,
-    attack: Attack,
-    params: Params,
-    x: Images,
-    y: Labels,
-    threat: Threat,
-    keys: Key,
+    network: Network, attack: Attack, x: Images, y: Labels, threat: Threat, keys: Key
 ) -> tuple[jax.Array, jax.Array, jax.Array, Images]:
-    clean = apply(params, x)
-    images, _ = attack.run(cross_entropy(apply, params, y), x, threat, keys)
-    attacked = apply(params, images)
+    clean = network(x)
+    images, _ = attack.run(NetworkLoss(network, y), x, threat, keys)
+    attacked = network(images)
     finite = jnp.isfinite(clean).all(-1) & jnp.isfinite(attacked).all(-1)
     natural = jnp.argmax(clean, -1) == y
     return natural, natural & (jnp.argmax(attacked, -1) == y), finite, images
 
 
-def evaluate(
-    apply: ApplyFn,
-    params: Params,
-    x: Images | np.ndarray,
-    y: Labels | np.ndarray,
-    *,
+def measure(
+    network: Network,
+    split: Split,
     threat: Threat,
     attack: Attack,
+    *,
     key: Key,
     batch_size: int = 500,
     before: Evaluation | None = None,
@@ -113,10 +106,8 @@ def evaluate(
     """Accuracy of a network on clean and on attacked images.
 
     Args:
-        apply: `(params, x) -> logits`; of a sparse network, with its effective weights as params.
-        params: parameters.
-        x: clean images [n, *shape], floating, inside `threat.bounds` (pixel units).
-        y: labels [n].
+        network: f, dense or sparse.
+        split: clean images [n, *shape], floating, inside `threat.bounds` (pixel units), and labels.
         threat: the threat model.
         attack: its attack on the cross-entropy.
         key: random key; each image's attack depends on the key and its index, not on the batch.
@@ -132,7 +123,8 @@ def evaluate(
         InputError: bad or no images, bad labels, or logits that are not finite.
     """
     check_number("batch_size", batch_size, low=1)
-    x, y = check_examples(apply, params, x, y, threat)
+    x, y = check_examples(network, *split, threat)
+    folded = network.folded()
     n, size = len(x), min(batch_size, len(x))
     chosen = np.arange(n) if before is None else np.flatnonzero(before.robust_correct)
     natural = np.zeros(n, bool) if before is None else before.natural_correct.copy()
@@ -142,7 +134,7 @@ def evaluate(
         keys = example_keys(key, jnp.asarray(rows))
         batch = jnp.asarray(x[rows]), jnp.asarray(y[rows])
         natural[rows], robust[rows], finite, images[rows] = jax.device_get(
-            _batch(apply, attack, params, *batch, threat, keys)
+            _batch(folded, attack, *batch, threat, keys)
         )
         check_finite("logits of the evaluation", np.where(finite, 0.0, np.nan))
         on_batch(min(begin + size, len(chosen)))

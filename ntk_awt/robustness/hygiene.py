@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_awt.attacks import PGD, Attack, Square, check_examples, cross_entropy
-from ntk_awt.attacks.losses import dlr
-from ntk_awt.masks import Mask
-from ntk_awt.robustness.accuracy import Evaluation, evaluate
+from ntk_awt.attacks import PGD, Attack, NetworkLoss, Square, check_examples, cross_entropy
+from ntk_awt.attacks.losses import Criterion, dlr
+from ntk_awt.network import Network
+from ntk_awt.robustness.accuracy import Evaluation, measure
 from ntk_awt.threats import Linf, StrongL2, Threat, corners, diameter, length_of
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params
+from ntk_awt.types import Images, Key, Labels, Logits, Split
 
 IMAGES = 500
 """The checks that attack take at most that many images: one of them is 0.2 points."""
@@ -151,13 +151,12 @@ class Subject(NamedTuple):
     """What is checked.
 
     Attributes:
-        apply, params: the network.
+        network: f, folded.
         x, y: clean images [n, *shape] and labels [n].
         threat: the threat model.
     """
 
-    apply: ApplyFn
-    params: Params
+    network: Network
     x: np.ndarray
     y: np.ndarray
     threat: Threat
@@ -172,35 +171,26 @@ class Subject(NamedTuple):
         longest = diameter(threat, self.x.shape[1:])
         if float(threat.epsilon) > longest:
             threat = dataclasses.replace(threat, epsilon=longest)  # pyright: ignore[reportArgumentType]
-        return evaluate(
-            self.apply,
-            self.params,
-            self.x[rows],
-            self.y[rows],
-            threat=threat,
-            attack=attack,
-            key=key,
-        )
+        return measure(self.network, Split(self.x, self.y)[rows], threat, attack, key=key)
 
     def logits(self, x: Images | np.ndarray) -> np.ndarray:
         """[n, classes]."""
-        return np.asarray(_logits(self.apply, self.params, jnp.asarray(x)))
+        return np.asarray(_logits(self.network, jnp.asarray(x)))
+
+    def gradients(self, criterion: Criterion, x: np.ndarray) -> np.ndarray:
+        """∇_z ℓ(f(z), y) at z = x, [n, *shape]."""
+        return np.asarray(_gradients(self.network, x, self.y, criterion))
 
 
-@partial(jax.jit, static_argnames="apply")
-def _logits(apply: ApplyFn, params: Params, x: Images) -> Logits:
-    return apply(params, x)
+@jax.jit
+def _logits(network: Network, x: Images) -> Logits:
+    return network(x)
 
 
-@partial(jax.jit, static_argnames=("apply", "name"))
-def _gradients(apply: ApplyFn, params: Params, x: Images, y: Labels, name: str) -> Images:
-    network = cross_entropy(apply, params, y)
-
-    def loss(z: Images) -> jax.Array:
-        logits = network.logits(z)
-        return (dlr(logits, y) if name == "dlr" else network.of(logits)).sum()
-
-    return jax.grad(loss)(x)
+@partial(jax.jit, static_argnames="criterion")
+def _gradients(network: Network, x: Images, y: Labels, criterion: Criterion) -> Images:
+    loss = NetworkLoss(network, y, criterion)
+    return jax.grad(lambda z: loss(z).sum())(x)
 
 
 def finite(subject: Subject, *points: np.ndarray) -> Flag:
@@ -208,8 +198,7 @@ def finite(subject: Subject, *points: np.ndarray) -> Flag:
     may lose it)."""
     count = 0
     for z in (subject.x, *points):
-        gradient = _gradients(subject.apply, subject.params, z, subject.y, "cross-entropy")
-        for values in (z, subject.logits(z), np.asarray(gradient)):
+        for values in (z, subject.logits(z), subject.gradients(cross_entropy, z)):
             count += int((~np.isfinite(values)).sum())
     return flag("finite", count, 0, "entries", "images, logits and gradients that are not finite")
 
@@ -230,21 +219,19 @@ def probabilities(subject: Subject) -> Flag:
     )
 
 
-def zero_gradients(subject: Subject, name: str) -> Flag:
+def zero_gradients(subject: Subject, criterion: Criterion) -> Flag:
     """Images whose gradient is exactly 0: their loss is flat there, and an attack is blind.
 
     Of the images that are classified right, since the others need no attack. (With the label's
     logit in third place, the ratio of logits is (z_π1 − z_π3)/(z_π1 − z_π3) = 1, and flat.)
     """
     right = subject.logits(subject.x).argmax(1) == subject.y
-    gradients = np.asarray(
-        _gradients(subject.apply, subject.params, subject.x, subject.y, name)
-    ).reshape(len(subject.x), -1)
-    flat = (gradients == 0).all(1)
+    flat = (subject.gradients(criterion, subject.x).reshape(len(subject.x), -1) == 0).all(1)
+    name = criterion.__name__.replace("_", "-")
     return flag(
         f"zero gradient, {name}",
         (flat & right).sum() / max(right.sum(), 1),
-        0.0 if name == "dlr" else 0.01,
+        0.0 if criterion is dlr else 0.01,
         "share of right images",
         "input gradients that are exactly 0",
         otherwise="warn",
@@ -346,26 +333,21 @@ def gain(name: str, before: np.ndarray, after: np.ndarray, meaning: str) -> Flag
 # ---------------------------------------------------------------- masks and splits
 
 
-class Pruning(NamedTuple):
-    """How a network was pruned.
+def mask_kept(network: Network, ticket: Network | None) -> Flag:
+    """The mask is that of the ticket, and every pruned weight is zero before the mask is applied.
 
-    Attributes:
-        weights: θ as saved, before the mask is applied.
-        mask: m of the evaluated network.
-        initial: mask of its ticket at initialisation; None where that is not known.
+    Args:
+        network: as evaluated, with a mask.
+        ticket: the same network at initialisation; None where that is not known.
     """
-
-    weights: Params
-    mask: Mask
-    initial: Mask | None
-
-
-def mask_kept(weights: Params, mask: Mask, initial: Mask | None) -> Flag:
-    """The mask is that of the ticket, and every pruned weight is zero; see `Pruning`."""
-    before = mask if initial is None else initial
-    changed = jax.tree.map(lambda a, b: np.sum(np.asarray(a) != np.asarray(b)), mask, before)
+    before = network.mask if ticket is None else ticket.mask
+    changed = jax.tree.map(
+        lambda a, b: np.sum(np.asarray(a) != np.asarray(b)), network.mask, before
+    )
     alive = jax.tree.map(
-        lambda m, w: np.sum((np.asarray(m) == 0) & (np.asarray(w) != 0)), mask, weights
+        lambda m, w: np.sum((np.asarray(m) == 0) & (np.asarray(w) != 0)),
+        network.mask,
+        network.params,
     )
     count = sum(map(int, jax.tree.leaves(changed))) + sum(map(int, jax.tree.leaves(alive)))
     return flag("mask", count, 0, "weights", "mask entries changed, and pruned weights not zero")
@@ -393,18 +375,16 @@ def selection(chosen_on: np.ndarray, test: np.ndarray) -> Flag:
 
 
 def check(
-    apply: ApplyFn,
-    params: Params,
-    x: Images | np.ndarray,
-    y: Labels | np.ndarray,
-    *,
+    network: Network,
+    split: Split,
     threat: Threat,
     attack: Attack,
+    *,
     key: Key,
     attacked: np.ndarray | None = None,
     verdicts: np.ndarray | None = None,
     transferred: np.ndarray | None = None,
-    pruning: Pruning | None = None,
+    ticket: Network | None = None,
     chosen_on: np.ndarray | None = None,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> Hygiene:
@@ -413,8 +393,8 @@ def check(
     If logits or gradients are not finite only that is reported: nothing else has a meaning then.
 
     Args:
-        apply, params: the network; of a sparse one the effective weights.
-        x, y: clean test images [n, *shape] and labels [n]; the first `IMAGES` are taken.
+        network: f, dense or sparse.
+        split: clean test images [n, *shape] and labels [n]; the first `IMAGES` are taken.
         threat: the threat model.
         attack: the evaluation's first attack, with a field `steps`. Rules that need it at other
             radii, steps or batches make it again; those that try another attack (single step, black
@@ -425,7 +405,7 @@ def check(
         verdicts: which images `attack` alone left right in the evaluation, bool [n]; made here if
             not given.
         transferred: images attacked against another network, e.g. the dense one.
-        pruning: of a sparse network.
+        ticket: what a sparse network was before training; its mask has to be the same.
         chosen_on: images by which anything was chosen.
         on_share: called with the share that is done, in [0, 1].
 
@@ -443,14 +423,16 @@ def check(
         >>> from ntk_awt.threats import Linf
         >>> x = np.random.default_rng(0).uniform(0, 1, (50, 4)).astype(np.float32)
         >>> y = x.argmax(1)
-        >>> found = check(lambda w, z: z @ w, jnp.eye(4), x, y, threat=Linf(0.1),
-        ...               attack=PGD(steps=20), key=jax.random.key(0))
+        >>> network = Network(lambda w, z: z @ w, jnp.eye(4))
+        >>> found = check(network, Split(x, y), Linf(0.1), PGD(steps=20), key=jax.random.key(0))
         >>> [flag.name for flag in found.flags if flag.status != "pass"]
         []
     """
-    shapes = jax.eval_shape(lambda: params)  # weights that are not finite are for the first rule
-    x, y = check_examples(apply, shapes, np.asarray(x)[:IMAGES], np.asarray(y)[:IMAGES], threat)
-    subject = Subject(apply, params, x, y, threat)
+    # Weights that are not finite are for the first rule, so the network enters by its shapes.
+    shapes = jax.eval_shape(lambda: network)
+    images, labels = np.asarray(split.x)[:IMAGES], np.asarray(split.y)[:IMAGES]
+    x, y = check_examples(shapes, images, labels, threat)
+    subject = Subject(network.folded(), x, y, threat)
     sound = finite(subject, *(() if attacked is None else (attacked[:IMAGES],)))
     if sound.status != "pass":
         return Hygiene((sound,), {}, {}, float("nan"), len(x))
@@ -495,10 +477,10 @@ def check(
         lambda: zero_radius(at(0.0).images, x),
         lambda: deterministic(subject),
         lambda: probabilities(subject),
-        lambda: zero_gradients(subject, "cross-entropy"),
+        lambda: zero_gradients(subject, cross_entropy),
     ]
     if subject.logits(x[:1]).shape[1] > 2:
-        rules.append(lambda: zero_gradients(subject, "dlr"))
+        rules.append(lambda: zero_gradients(subject, dlr))
     rules += [
         lambda: batches(attack, subject, key, right),
         *(partial(measure_radius, factor) for factor in RADII),
@@ -511,8 +493,8 @@ def check(
     ]
     if transferred is not None:
         rules.append(lambda: transfer(transferred[:IMAGES]))
-    if pruning is not None:
-        rules.append(lambda: mask_kept(*pruning))
+    if network.mask is not None:
+        rules.append(lambda: mask_kept(network, ticket))
     if chosen_on is not None:
         rules.append(lambda: selection(chosen_on, x))
     for done, rule in enumerate(rules, 1):

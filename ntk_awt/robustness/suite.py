@@ -12,11 +12,12 @@ import numpy as np
 from ntk_awt import files
 from ntk_awt.app.config import EvaluationConfig
 from ntk_awt.attacks import Attack, suite
+from ntk_awt.network import Network
 from ntk_awt.robustness import hygiene
-from ntk_awt.robustness.accuracy import Evaluation, combine, evaluate, proportion
-from ntk_awt.robustness.hygiene import Hygiene, Pruning
+from ntk_awt.robustness.accuracy import Evaluation, combine, measure, proportion
+from ntk_awt.robustness.hygiene import Hygiene
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
+from ntk_awt.types import Key, Split
 
 Bar: TypeAlias = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 """`(label, total, unit) -> progress bar`, as `experiment.Reporter.bar`."""
@@ -123,10 +124,8 @@ def make_suites(settings: EvaluationConfig, epsilon: float, step_ratio: float) -
 
 
 def assess(
-    apply: ApplyFn,
-    params: Params,
-    x: Images | np.ndarray,
-    y: Labels | np.ndarray,
+    network: Network,
+    split: Split,
     *,
     threat: Threat,
     suites: Mapping[str, Suite],
@@ -135,25 +134,25 @@ def assess(
     label: str,
     folder: Path,
     transferred: np.ndarray | None = None,
-    pruning: Pruning | None = None,
+    ticket: Network | None = None,
     chosen_on: np.ndarray | None = None,
 ) -> Assessment:
     """Attack a network in every asked way, each on the images that are still right, then judge it.
 
     Args:
-        apply, params, x, y, threat, key: see `evaluation.evaluate`.
+        network, split, threat, key: see `accuracy.measure`.
         suites: by the name under which they were asked for.
         bar: shows progress.
         label: of the network, in the progress bars.
         folder: where each attack's outcome is kept; what lies there is not made again, so its name
             should tell the settings (`identity`).
-        transferred, pruning, chosen_on: see `hygiene.check`.
+        transferred, ticket, chosen_on: see `hygiene.check`.
 
     Returns:
         `Assessment`.
 
     Raises:
-        InputError: see `evaluation.evaluate`.
+        InputError: see `accuracy.measure`.
     """
     turns: dict[str, tuple[Turn, ...]] = {}
     before: Evaluation | None = None
@@ -162,21 +161,13 @@ def assess(
         for name, attack in attacks.items():
             path = folder / f"{asked}-{name}.npz"
             if path.exists():
-                done.append(_load(path, name, np.asarray(x)))
+                done.append(_load(path, name, np.asarray(split.x)))
                 before = done[-1].outcome
                 continue
-            total = len(x) if before is None else int(before.robust_correct.sum())
+            total = len(split.x) if before is None else int(before.robust_correct.sum())
             with bar(f"{label}: {name}", total, "images") as show:
-                found = evaluate(
-                    apply,
-                    params,
-                    x,
-                    y,
-                    threat=threat,
-                    attack=attack,
-                    key=key,
-                    before=before,
-                    on_batch=show,
+                found = measure(
+                    network, split, threat, attack, key=key, before=before, on_batch=show
                 )
             done.append(Turn(name, total, found))
             _save(path, done[-1])
@@ -187,17 +178,15 @@ def assess(
     alone = next(iter(turns.values()))[0]  # the first attack meets every image
     with bar(f"{label}: hygiene", 100, "%") as show:
         judged = hygiene.check(
-            apply,
-            params,
-            x,
-            y,
-            threat=threat,
-            attack=first,
+            network,
+            split,
+            threat,
+            first,
             key=key,
             attacked=outcome.images,
             verdicts=alone.outcome.robust_correct,
             transferred=transferred,
-            pruning=pruning,
+            ticket=ticket,
             chosen_on=chosen_on,
             on_share=lambda share: show(round(100 * share)),
         )

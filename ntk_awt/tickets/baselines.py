@@ -29,7 +29,7 @@ ROUNDS = 100
 
 
 def _loss(apply: ApplyFn, problem: Problem, x: Images) -> Callable[[Params], jax.Array]:
-    return lambda w: jnp.mean(cross_entropy(apply, w, problem.y)(x))
+    return lambda w: jnp.mean(cross_entropy(apply(w, x), problem.y))
 
 
 @partial(jax.jit, static_argnames="apply")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from ntk_awt.app.config import TicketConfig
-from ntk_awt.attacks import Attack, check_given, cross_entropy, example_keys
+from ntk_awt.attacks import Attack, NetworkLoss, check_given, example_keys
 from ntk_awt.kernels import (
     empirical,
     kernel_distance,
@@ -27,6 +27,7 @@ from ntk_awt.kernels import (
     target_distance,
 )
 from ntk_awt.masks import Ticket, effective
+from ntk_awt.network import Network
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Logits, Params, widened
 
@@ -118,7 +119,7 @@ def attacked_inputs(
         values = [apply(one, z) for one in networks]
         return values[0] if len(values) == 1 else jnp.where(first[:, None], *values)
 
-    loss = cross_entropy(logits, networks, y)
+    loss = NetworkLoss(Network(logits, networks), y)
     return attack.run(loss, x, threat, example_keys(key, jnp.arange(x.shape[0])))[0]
 
 

@@ -21,15 +21,15 @@ from ntk_awt.app.config import TrainConfig
 from ntk_awt.attacks import (
     CRITERIA,
     Attack,
+    NetworkLoss,
     check_examples,
     check_given,
-    criterion,
     example_keys,
 )
-from ntk_awt.attacks.base import NetworkLoss
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.errors import InputError, check_count, check_finite, choose
 from ntk_awt.masks import Ticket, effective
+from ntk_awt.network import Network
 from ntk_awt.schedules import SCHEDULES
 from ntk_awt.threats import Threat
 from ntk_awt.types import ApplyFn, Gain, Images, Key, Labels, Logits, Mask, Params
@@ -76,7 +76,7 @@ def _adversarial(
     config: TrainConfig,
 ) -> tuple[jax.Array, Logits]:
     fixed = jax.lax.stop_gradient(params)
-    loss = criterion(config.criterion, apply, fixed, batch.y)
+    loss = NetworkLoss(Network(apply, fixed), batch.y, CRITERIA[config.criterion])
     x = _attacked(loss, batch, attack, threat)
     return _natural(apply, params, batch._replace(x=x), attack, threat, config)
 
@@ -91,7 +91,9 @@ def _trades(
 ) -> tuple[jax.Array, Logits]:
     fixed = jax.lax.stop_gradient(params)
     reference = apply(fixed, batch.x)
-    divergence = NetworkLoss(apply, fixed, batch.y, lambda logits, _: _kl(reference, logits))
+    divergence = NetworkLoss(
+        Network(apply, fixed), batch.y, lambda logits, _: _kl(reference, logits)
+    )
     x = _attacked(divergence, batch, attack, threat)
     natural, clean_logits = _natural(apply, params, batch, attack, threat, config)
     logits = apply(params, x)
@@ -328,7 +330,7 @@ def fit(
     check_count("records", records, low=1)
     if config.loss != "natural":
         check_given(f"loss {config.loss}", threat, attack)
-    images, labels = check_examples(apply, ticket.params, images, labels, threat)
+    images, labels = check_examples(Network(apply, ticket.params), images, labels, threat)
     epoch_steps = steps_per_epoch(images.shape[0], config, records)
     static = _Static(apply, attack, config, records, epoch_steps, weights)
     if not isinstance(observe, jax.tree_util.Partial):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import APGD, apgd, cross_entropy
+from ntk_awt.attacks import APGD, NetworkLoss, apgd
 from ntk_awt.attacks.apgd import checkpoints
 from ntk_awt.attacks.found import targets_of
 from ntk_awt.attacks.losses import dlr, margin, targeted_dlr, targeted_margin
 from ntk_awt.errors import InputError
+from ntk_awt.network import Network
 from ntk_awt.threats import THREATS, Linf
 from tests import threat_models
 from tests.keys import keys_of
@@ -132,7 +133,7 @@ def check_against_loop(attack: APGD, name: str, threat_name: str, seed: int) -> 
         x, logits = jnp.asarray(X), np.asarray(apply(network(seed), X))
         # Every second label is wrong at first, so that both endings occur.
         y = np.where(np.arange(N) % 2, logits.argmax(1), np.argsort(logits)[:, -2])
-        loss = cross_entropy(apply, params, jnp.asarray(y))
+        loss = NetworkLoss(Network(apply, params), jnp.asarray(y))
         found, _ = quick(lambda x, keys: attack.run(loss, x, threat, keys))(x, keys_of(2, N))
         keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys_of(2, N))
         starts = np.asarray(threat.sphere_start(keys, x))
@@ -196,7 +197,7 @@ def test_gradients_flow_through_the_denominators():
 
 def test_targets_are_the_next_ranks_of_the_clean_image():
     params = network(0)
-    loss = cross_entropy(apply, params, jnp.asarray(Y))
+    loss = NetworkLoss(Network(apply, params), jnp.asarray(Y))
     order = np.argsort(-np.asarray(apply(params, X)), axis=1)
     np.testing.assert_array_equal(targets_of(loss, jnp.asarray(X), 2), order[:, 1:3].T)
     np.testing.assert_array_equal(targets_of(loss, jnp.asarray(X), 9), order[:, 1:].T)
@@ -210,7 +211,7 @@ def test_few_classes(objective: str, classes: int, instead: str):
     def few(params: Any, x: Any) -> Any:
         return apply(params, x)[:, :classes]
 
-    loss = cross_entropy(few, network(0), jnp.asarray(Y % classes))
+    loss = NetworkLoss(Network(few, network(0)), jnp.asarray(Y % classes))
     x = jnp.asarray(X, jnp.float32)
     with pytest.warns(UserWarning, match=f"the network has {classes}: {instead} takes its place"):
         replaced = APGD(objective, steps=5).run(loss, x, Linf(0.1), keys_of(2, N))[0]
@@ -223,7 +224,7 @@ def test_more_runs_fool_more():
     params = network(1)
     x = jnp.asarray(X, jnp.float32)
     y = jnp.argmax(apply(params, x), axis=1)
-    loss, threat = cross_entropy(apply, params, y), Linf(0.03)
+    loss, threat = NetworkLoss(Network(apply, params), y), Linf(0.03)
 
     def fooled_by(restarts: int, targets: int) -> np.ndarray:
         attack = APGD("targeted-dlr", 10, restarts, targets)

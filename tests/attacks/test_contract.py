@@ -18,14 +18,14 @@ from ntk_awt.attacks import (
     CRITERIA,
     FAB,
     PGD,
+    NetworkLoss,
     Square,
-    criterion,
-    cross_entropy,
     example_keys,
     perturb,
     suite,
 )
 from ntk_awt.errors import InputError
+from ntk_awt.network import Network
 from ntk_awt.threats import THREATS, Linf
 from tests import threat_models
 from tests.counting import Counting
@@ -117,7 +117,7 @@ X, Y = images(1)
 
 @partial(jax.jit, static_argnames=("attack", "apply"))
 def _run(attack: Any, apply: Any, params: Any, x: Any, y: Any, threat: Any, keys: Any) -> Any:
-    return attack.run(cross_entropy(apply, params, y), x, threat, keys)
+    return attack.run(NetworkLoss(Network(apply, params), y), x, threat, keys)
 
 
 def run(attack: Any, threat: Any, **changes: Any) -> Any:
@@ -127,7 +127,7 @@ def run(attack: Any, threat: Any, **changes: Any) -> Any:
 
 
 def losses(z: Any) -> np.ndarray:
-    return np.asarray(cross_entropy(apply, PARAMS, jnp.asarray(Y))(jnp.asarray(z)))
+    return np.asarray(NetworkLoss(Network(apply, PARAMS), jnp.asarray(Y))(jnp.asarray(z)))
 
 
 @lru_cache
@@ -136,7 +136,7 @@ def _recorder(attack: Any) -> Any:
     seen: list[np.ndarray] = []
 
     def loss(z: Any) -> Any:
-        values = cross_entropy(apply, PARAMS, jnp.asarray(Y))(z)
+        values = NetworkLoss(Network(apply, PARAMS), jnp.asarray(Y))(z)
         jax.debug.callback(lambda v: seen.append(np.asarray(v)), values, ordered=True)
         return values
 
@@ -211,7 +211,7 @@ def check_misclassified(attack: Any, name: str) -> None:
     y = np.asarray(apply(PARAMS, X)).argmax(1)
     # Six queries of random search need more room.
     scale = 4.0 if isinstance(attack, Square) and name == "linf" else 1.0
-    loss = cross_entropy(recorded, PARAMS, jnp.asarray(y))
+    loss = NetworkLoss(Network(recorded, PARAMS), jnp.asarray(y))
     threat = make(name, scale * EPSILON[name])
     z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, keys_of(2, N))[0])(threat)
     jax.effects_barrier()
@@ -277,7 +277,9 @@ def test_an_image_depends_on_itself_and_its_key(attack: Any, name: str):
 def test_one_trace_serves_every_radius_key_and_network(attack: Any, name: str):
     counting: Any = Counting(attack)
     z = [
-        perturb(counting, apply, params, x, y, make(name, epsilon), jax.random.key(k)).images
+        perturb(
+            counting, Network(apply, params), x, y, make(name, epsilon), jax.random.key(k)
+        ).images
         for params, (x, y), epsilon, k in [
             (PARAMS, (X, Y), 0.1, 0),
             (PARAMS, (X, Y), 0.3, 0),
@@ -413,7 +415,7 @@ def count_passes(attack: PGD) -> Counter[str]:
     tapped.defvjp(forward, backward)
 
     def loss(z: Any) -> Any:
-        return cross_entropy(apply, PARAMS, jnp.asarray(Y))(tapped(z))
+        return NetworkLoss(Network(apply, PARAMS), jnp.asarray(Y))(tapped(z))
 
     jax.block_until_ready(
         jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, keys_of(2, N)))(Linf(EPSILON["linf"]))
@@ -470,7 +472,9 @@ def test_pgd_may_prefer_a_misclassified_point():
 
     def found(misclassified: bool) -> float:
         attack = PGD(2, step_ratio=1.0, random_start=False, misclassified=misclassified)
-        result = perturb(attack, apply, (), image, jnp.array([0]), Linf(0.2), jax.random.key(0))
+        result = perturb(
+            attack, Network(apply, ()), image, jnp.array([0]), Linf(0.2), jax.random.key(0)
+        )
         assert bool(result.success[0]) is misclassified
         return float(result.images[0, 0])
 
@@ -502,7 +506,9 @@ def test_pgd_bad_settings(options: dict[str, Any], match: str):
 @contract
 def test_perturb(attack: Any, name: str):
     x, y = jnp.asarray(X), jnp.asarray(Y)
-    result = perturb(attack, apply, PARAMS, x, y, make(name, EPSILON[name]), jax.random.key(2))
+    result = perturb(
+        attack, Network(apply, PARAMS), x, y, make(name, EPSILON[name]), jax.random.key(2)
+    )
     z, loss = run(attack, make(name, EPSILON[name]))
     # The same attack in another program.
     np.testing.assert_allclose(result.images, z, rtol=0, atol=1e-5)
@@ -510,7 +516,9 @@ def test_perturb(attack: Any, name: str):
     np.testing.assert_array_equal(result.success, apply(PARAMS, result.images).argmax(1) != Y)
     assert np.any(result.success)
     x64: Any = X.astype(np.float64)
-    from_float64 = perturb(attack, apply, PARAMS, x64, y, make(name, 0.1), jax.random.key(2))
+    from_float64 = perturb(
+        attack, Network(apply, PARAMS), x64, y, make(name, 0.1), jax.random.key(2)
+    )
     assert from_float64.images.dtype == np.float32
 
 
@@ -521,12 +529,12 @@ def test_float64(attack: Any, name: str):
     with jax.enable_x64(True):
         params = tuple(np.asarray(w, float) for w in PARAMS)
         threat, x = make(name, epsilon), X.astype(float)
-        result = perturb(attack, apply, params, x, Y, threat, jax.random.key(2))
+        result = perturb(attack, Network(apply, params), x, Y, threat, jax.random.key(2))
         assert result.images.dtype == result.loss.dtype == np.float64
-        values = cross_entropy(apply, params, jnp.asarray(Y))(result.images)
+        values = NetworkLoss(Network(apply, params), jnp.asarray(Y))(result.images)
         np.testing.assert_allclose(result.loss, values, rtol=1e-13)
         z = np.asarray(result.images)
-        few = perturb(attack, apply, PARAMS, X, Y, threat, jax.random.key(2))
+        few = perturb(attack, Network(apply, PARAMS), X, Y, threat, jax.random.key(2))
         assert few.images.dtype == np.float32
     assert np.all(np.linalg.norm(z - X, ord=ORDER[name], axis=1) <= epsilon)
     assert z.min() >= 0
@@ -564,15 +572,15 @@ def test_criteria():
             [0.5 * np.sum((f - np.eye(CLASSES)[y]) ** 2) for f, y in zip(logits, Y, strict=True)]
         ),
     }
-    assert set(CRITERIA) == set(wanted)
     for kind, values in wanted.items():
-        loss = criterion(kind, apply, PARAMS, jnp.asarray(Y))
+        loss = NetworkLoss(Network(apply, PARAMS), jnp.asarray(Y), CRITERIA[kind])
         np.testing.assert_allclose(loss(jnp.asarray(X)), values, rtol=1e-5)
 
 
 def test_an_attack_maximises_the_criterion_it_is_given():
     y, attack, threat = jnp.asarray(Y), PGD(steps=10), Linf(0.2)
-    losses = {kind: criterion(kind, apply, PARAMS, y) for kind in CRITERIA}
+    network = Network(apply, PARAMS)
+    losses = {kind: NetworkLoss(network, y, CRITERIA[kind]) for kind in CRITERIA}
     points = {
         kind: attack.run(loss, jnp.asarray(X), threat, keys_of(2, N))[0]
         for kind, loss in losses.items()
@@ -621,8 +629,10 @@ BAD = {
 def test_perturb_bad_input(bad: str):
     change, match = BAD[bad]
     good = {"apply": apply, "params": PARAMS, "x": X, "y": Y, "threat": Linf(0.1)}
+    given: Any = good | change
+    network = Network(given["apply"], given["params"])
     with pytest.raises(InputError, match=match):
-        perturb(PGD(steps=2), **(good | change), key=jax.random.key(0))
+        perturb(PGD(steps=2), network, given["x"], given["y"], given["threat"], jax.random.key(0))
 
 
 # ---------------------------------------------------------------- attacks that break the contract

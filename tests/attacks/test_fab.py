@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import FAB, cross_entropy, example_keys
+from ntk_awt.attacks import FAB, NetworkLoss, example_keys
 from ntk_awt.attacks.fab import to_boundary
 from ntk_awt.errors import InputError
+from ntk_awt.network import Network
 from ntk_awt.threats import L2, Linf
 from tests import threat_models
 
@@ -97,14 +98,14 @@ def attacked(attack: FAB, name: str, factor: float) -> tuple[np.ndarray, np.ndar
     for n in range(N):
         threat = threat_models.make(name, float(factor * distance[n]), D)
         key = example_keys(jax.random.key(0), jnp.arange(1))
-        loss = cross_entropy(linear, w, jnp.asarray(y[n : n + 1]))
-        z = RUN(attack, loss.params, loss.labels, jnp.asarray(x[n : n + 1]), threat, key)
+        loss = NetworkLoss(Network(linear, w), jnp.asarray(y[n : n + 1]))
+        z = RUN(attack, loss.network.params, loss.labels, jnp.asarray(x[n : n + 1]), threat, key)
         broken.append(bool((np.asarray(z @ w).argmax(1) != y[n])[0]))
     return np.array(broken), x, distance
 
 
 def _run(attack: Any, params: Any, labels: Any, x: Any, threat: Any, keys: Any) -> Any:
-    return attack.run(cross_entropy(linear, params, labels), x, threat, keys)[0]
+    return attack.run(NetworkLoss(Network(linear, params), labels), x, threat, keys)[0]
 
 
 RUN = jax.jit(_run, static_argnums=0)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_awt.attacks import Square, cross_entropy
+from ntk_awt.attacks import NetworkLoss, Square
 from ntk_awt.attacks.square import shares
 from ntk_awt.errors import InputError
+from ntk_awt.network import Network
 from ntk_awt.threats import L2, Linf
 from tests import threat_models
 from tests.keys import keys_of
@@ -39,7 +40,7 @@ def visited(attack: Square, threat: Any, offset: float = 0.0) -> tuple[np.ndarra
         jax.debug.callback(lambda z: seen.append(np.asarray(z)), x, ordered=True)
         return linear(params, x) + offset * jax.nn.one_hot(Y, 3)
 
-    loss = cross_entropy(recorded, W, jnp.asarray(Y))
+    loss = NetworkLoss(Network(recorded, W), jnp.asarray(Y))
     z = jax.jit(lambda t: attack.run(loss, jnp.asarray(X), t, keys_of(0, N))[0])(threat)
     jax.effects_barrier()
     return np.stack(seen), np.asarray(z)
@@ -125,7 +126,7 @@ def test_near_the_optimum_of_linear_classifiers(name: str):
         ahead = x.reshape(len(x), -1) @ params
         return jnp.stack([100.0 + 0 * ahead, ahead], axis=1)
 
-    loss = cross_entropy(two, jnp.asarray(w, jnp.float32), jnp.zeros(N, int))
+    loss = NetworkLoss(Network(two, jnp.asarray(w, jnp.float32)), jnp.zeros(N, int))
     z = jax.jit(lambda t: Square(steps=1500).run(loss, jnp.asarray(X), t, keys_of(0, N))[0])(threat)
     gained = (np.asarray(z, np.float64) - X).reshape(N, -1) @ w
     most = threat_models.reach(name, w[None], epsilon)[0]
@@ -137,7 +138,7 @@ def test_near_the_optimum_of_linear_classifiers(name: str):
 
 def test_images_that_are_vectors():
     x, w = X.reshape(N, -1), W
-    loss = cross_entropy(linear, w, jnp.asarray(Y))
+    loss = NetworkLoss(Network(linear, w), jnp.asarray(Y))
     keys = keys_of(0, N)
     z, _ = jax.jit(lambda t: Square(steps=200).run(loss, jnp.asarray(x), t, keys))(Linf(0.1))
     assert z.shape == x.shape
@@ -154,7 +155,10 @@ def test_channels_that_are_given():
             z = z if z.shape[1:] == x.shape[1:] else jnp.moveaxis(z, 1, -1)
             return linear(params, z) + 100 * jax.nn.one_hot(Y, 3)
 
-        attack, loss = Square(20, channels=channels), cross_entropy(never_wrong, w, jnp.asarray(Y))
+        attack, loss = (
+            Square(20, channels=channels),
+            NetworkLoss(Network(never_wrong, w), jnp.asarray(Y)),
+        )
         return np.asarray(
             jax.jit(lambda t: attack.run(loss, jnp.asarray(z), t, keys_of(0, N))[0])(Linf(0.1))
         )

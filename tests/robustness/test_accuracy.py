@@ -11,8 +11,10 @@ import scipy.stats
 
 from ntk_awt.attacks import PGD
 from ntk_awt.errors import InputError
-from ntk_awt.robustness.accuracy import evaluate, proportion
+from ntk_awt.network import Network
+from ntk_awt.robustness.accuracy import measure, proportion
 from ntk_awt.threats import L2, THREATS, Linf
+from ntk_awt.types import Split
 from tests.counting import Counting
 from tests.threat_models import make
 
@@ -43,8 +45,9 @@ def run(**changes: Any) -> Any:
         "attack": PGD(steps=STEPS),
         "key": jax.random.key(0),
         "batch_size": 8,
-    }
-    return evaluate(**(arguments | changes))
+    } | changes
+    network = Network(arguments.pop("apply"), arguments.pop("params"))
+    return measure(network, Split(arguments.pop("x"), arguments.pop("y")), **arguments)
 
 
 # ---------------------------------------------------------------- accuracies

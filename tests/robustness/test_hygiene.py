@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from ntk_awt.app.verdicts import REMEDIES
-from ntk_awt.attacks import APGD, PGD
+from ntk_awt.attacks import APGD, PGD, cross_entropy
+from ntk_awt.attacks.losses import dlr
+from ntk_awt.network import Network
 from ntk_awt.robustness import hygiene
 from ntk_awt.robustness.hygiene import (
     Flag,
     Hygiene,
-    Pruning,
     Subject,
     batches,
     check,
@@ -33,6 +34,7 @@ from ntk_awt.robustness.hygiene import (
     zero_radius,
 )
 from ntk_awt.threats import L2, Linf
+from ntk_awt.types import Split
 from tests import threat_models
 from tests.keys import key_of
 
@@ -58,7 +60,7 @@ QUICK = (1, 20)
 
 
 def subject(apply: Any = apply, params: Any = W, threat: Any = THREAT) -> Subject:
-    return Subject(apply, params, X, Y, threat)
+    return Subject(Network(apply, params), X, Y, threat)
 
 
 def judge(**changes: Any) -> Hygiene:
@@ -70,8 +72,9 @@ def judge(**changes: Any) -> Hygiene:
         "threat": THREAT,
         "attack": ATTACK,
         "key": key_of(0),
-    }
-    return check(**(default | changes))
+    } | changes
+    network = Network(default.pop("apply"), default.pop("params"), default.pop("mask", None))
+    return check(network, Split(default.pop("x"), default.pop("y")), **default)
 
 
 def raised(found: Hygiene) -> dict[str, str]:
@@ -94,7 +97,8 @@ def test_a_sound_network_passes_every_rule():
         params=MASK * W,
         y=y,
         transferred=X,
-        pruning=Pruning(MASK * np.asarray(W), MASK, MASK),
+        mask=MASK,
+        ticket=Network(apply, W, MASK),
         chosen_on=ELSEWHERE,
         on_share=shares.append,
     )
@@ -180,8 +184,8 @@ def lost_to_random_search(network: Subject) -> Flag:
 
 
 def test_a_sound_network_by_single_rules():
-    assert zero_gradients(subject(), "cross-entropy").value == 0
-    assert zero_gradients(subject(), "dlr").value == 0
+    assert zero_gradients(subject(), cross_entropy).value == 0
+    assert zero_gradients(subject(), dlr).value == 0
     assert lost_to_random_search(subject()).status == "pass"
     assert deterministic(subject()).value == 0
     assert hygiene.probabilities(subject()).value == 0
@@ -189,17 +193,17 @@ def test_a_sound_network_by_single_rules():
 
 def test_large_logits_are_seen():
     network = subject(large_scale)
-    assert zero_gradients(network, "cross-entropy").status == "warn"
-    assert zero_gradients(network, "dlr").status == "pass"  # does not change with the scale
+    assert zero_gradients(network, cross_entropy).status == "warn"
+    assert zero_gradients(network, dlr).status == "pass"  # does not change with the scale
     assert lost_to_random_search(network).status == "fail"
 
 
 def test_a_quantised_input_is_seen():
     network = subject(quantised)
-    assert zero_gradients(network, "cross-entropy").value == 1
-    assert zero_gradients(network, "cross-entropy").status == "warn"
-    assert zero_gradients(network, "dlr").status == "warn"
-    assert zero_gradients(network, "dlr").value == 1
+    assert zero_gradients(network, cross_entropy).value == 1
+    assert zero_gradients(network, cross_entropy).status == "warn"
+    assert zero_gradients(network, dlr).status == "warn"
+    assert zero_gradients(network, dlr).value == 1
     assert lost_to_random_search(network).status == "fail"
 
 
@@ -207,17 +211,17 @@ def test_a_gradient_that_is_zero_by_its_formula_is_no_fault():
     """Where the label's logit is third of three, the ratio of logits is 1 whatever the image."""
     third = (X @ W).argmin(1)
     network = subject()._replace(y=np.where(np.arange(N) < 30, third, Y))
-    flat = (np.asarray(hygiene._gradients(apply, W, X, network.y, "dlr")) == 0).all(1)
+    flat = (np.asarray(hygiene._gradients(apply, W, X, network.y, dlr)) == 0).all(1)
     assert flat[:30].sum() > 10  # of the others, the division leaves a rounding
     assert not flat[30:].any()
-    assert zero_gradients(network, "dlr").value == 0
+    assert zero_gradients(network, dlr).value == 0
     none_right = subject()._replace(y=third)
-    assert zero_gradients(none_right, "dlr").value == 0
+    assert zero_gradients(none_right, dlr).value == 0
     half = subject(
         lambda w, x: apply(w, jnp.where(jnp.arange(len(x))[:, None] < 15, quantise(x), x))
     )
-    assert 0 < zero_gradients(half, "dlr").value < 1
-    assert zero_gradients(half, "dlr").status == "warn"
+    assert 0 < zero_gradients(half, dlr).value < 1
+    assert zero_gradients(half, dlr).status == "warn"
 
 
 def test_a_stochastic_layer_is_seen():
@@ -372,14 +376,15 @@ def test_no_attack_is_made_twice(monkeypatch):
 
 def test_masks():
     weights = MASK * np.asarray(W)
-    for initial in (MASK, None):
-        assert mask_kept(weights, MASK, initial).status == "pass"
+    ticket = Network(apply, W, MASK)
+    for initial in (ticket, None):
+        assert mask_kept(Network(apply, weights, MASK), initial).status == "pass"
         for changed, value in ((np.where(MASK, weights, 0.1), (~MASK).sum()), (np.asarray(W), 5)):
-            assert mask_kept(changed, MASK, initial).value == value
+            assert mask_kept(Network(apply, changed, MASK), initial).value == value
     other = MASK.copy()
     other[0, 0] = True
-    assert mask_kept(weights, other, MASK).value == 1
-    assert mask_kept(weights, other, MASK).status == "fail"
+    assert mask_kept(Network(apply, weights, other), ticket).value == 1
+    assert mask_kept(Network(apply, weights, other), ticket).status == "fail"
 
 
 def test_selection():

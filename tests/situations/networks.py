@@ -56,7 +56,7 @@ def _entries(apply: Any, params: Any) -> dict[str, Callable[[], Any]]:
         "kernel": lambda: kernels.empirical(apply, params, x),
         "plan": lambda: kernels.plan(apply, params, x),
         "product": lambda: probes.kernel_product(apply, params, x),
-        "attack": lambda: attacks.perturb(_ATTACK, apply, params, x, y, _THREAT, key),
+        "attack": lambda: attacks.perturb(_ATTACK, Network(apply, params), x, y, _THREAT, key),
         "train": lambda: training.fit(
             apply, Ticket(params, None, None), x, y,
             config=_TRAIN, threat=_THREAT, attack=_ATTACK, key=key,

@@ -15,13 +15,15 @@ import numpy as np
 
 from ntk_awt import threats
 from ntk_awt.app.config import ThreatConfig
-from ntk_awt.attacks import APGD, FAB, PGD, Square, cross_entropy, perturb
+from ntk_awt.attacks import APGD, FAB, PGD, NetworkLoss, Square, perturb
 from ntk_awt.data import Dataset
+from ntk_awt.network import Network
 from ntk_awt.robustness import hygiene
-from ntk_awt.robustness.accuracy import evaluate
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import L2, Linf, StrongL2
 from ntk_awt.tickets.objective import attacked_inputs
+from ntk_awt.types import Split
 from tests import threat_models
 from tests.modes import MODES
 from tests.situations import Outcome, near, refused, same, situation, warned
@@ -61,8 +63,8 @@ def robust(threat: Any, attack: Any, given: Problem, apply: Any = linear, **chan
         "params": given.w.astype(np.float32),
         "x": given.x.astype(np.float32),
     } | changes
-    key = jax.random.key(0)
-    found = evaluate(apply, **arguments, y=given.y, threat=threat, attack=attack, key=key)
+    network, split = Network(apply, arguments["params"]), Split(arguments["x"], given.y)
+    found = measure(network, split, threat, attack, key=jax.random.key(0))
     return found.robust.value
 
 
@@ -143,7 +145,7 @@ def large_radius_of_an_open_box() -> Outcome:
     given = problem()
     x = given.x.astype(np.float32)
     subject = hygiene.Subject(
-        linear, given.w.astype(np.float32), x, given.y, L2(0.1, (-np.inf, 1.0))
+        Network(linear, given.w.astype(np.float32)), x, given.y, L2(0.1, (-np.inf, 1.0))
     )
     found = hygiene.large_radius(strong_targets(), subject, jax.random.key(0))
     assert found is not None
@@ -155,7 +157,7 @@ def large_radius_of_one_class() -> Outcome:
     given = problem()
     one = given.y == given.y[0]
     x, y, w = given.x[one].astype(np.float32), given.y[one], given.w.astype(np.float32)
-    subject = hygiene.Subject(linear, w, x, y, Linf(0.1))
+    subject = hygiene.Subject(Network(linear, w), x, y, Linf(0.1))
     return warned(
         lambda: hygiene.large_radius(PGD(steps=1), subject, jax.random.key(0)),
         "large radius is left out",
@@ -181,7 +183,7 @@ def attack_in_grey_levels() -> Outcome:
     given = problem(4)
     x, y, w = map(jnp.asarray, (given.x.astype(np.float32), given.y, given.w))
     return warned(
-        lambda: perturb(PGD(steps=1), linear, w, x, y, Linf(8), jax.random.key(0)), "8/255"
+        lambda: perturb(PGD(steps=1), Network(linear, w), x, y, Linf(8), jax.random.key(0)), "8/255"
     )
 
 
@@ -207,7 +209,7 @@ def rules_in_grey_levels() -> Outcome:
     x, w = given.x.astype(np.float32), given.w.astype(np.float32)
     return warned(
         lambda: hygiene.check(
-            linear, w, x, given.y, threat=Linf(8), attack=PGD(steps=2), key=jax.random.key(0)
+            Network(linear, w), Split(x, given.y), Linf(8), PGD(steps=2), key=jax.random.key(0)
         ),
         "epsilon 8",
     )
@@ -236,8 +238,8 @@ def z_scores_are_accepted() -> Outcome:
         bool((make(0.1, bounds).project(jnp.asarray(x), jnp.asarray(x)) == x).all())
         for make in (Linf, L2)
     ]
-    found = evaluate(
-        linear, w, x, y, threat=Linf(0.1, bounds), attack=PGD(steps=5), key=jax.random.key(0)
+    found = measure(
+        Network(linear, w), Split(x, y), Linf(0.1, bounds), PGD(steps=5), key=jax.random.key(0)
     )
     box = hygiene.box(found.images, x, Linf(0.1, bounds))
     return same((unmoved, box.status, float(box.value)), ([True, True], "pass", 0.0))
@@ -247,9 +249,9 @@ def z_scores_are_accepted() -> Outcome:
 def digits_that_differ() -> Outcome:
     x, _ = z_scored()
     return refused(
-        lambda: evaluate(
-            linear, problem().w.astype(np.float32), x, np.zeros(40, int),
-            threat=Linf(0.1, (-0.857141, 2.0)), attack=PGD(steps=1), key=jax.random.key(0),
+        lambda: measure(
+            Network(linear, problem().w.astype(np.float32)), Split(x, np.zeros(40, int)),
+            Linf(0.1, (-0.857141, 2.0)), PGD(steps=1), key=jax.random.key(0),
         ),
         "expected values in [-0.857141, 2]", "got [-0.8571429, 2]",
     )  # fmt: skip
@@ -302,10 +304,8 @@ def _inside_by_channel(name: str) -> Outcome:
     given, bounds = in_channels()
     threat = threat_models.make(name, 0.3, 16, bounds)
     x = given.x.astype(np.float32)
-    found = evaluate(
-        linear, given.w.astype(np.float32), x, given.y,
-        threat=threat, attack=strong_targets(5), key=jax.random.key(0),
-    )  # fmt: skip
+    network = Network(linear, given.w.astype(np.float32))
+    found = measure(network, Split(x, given.y), threat, strong_targets(5), key=jax.random.key(0))
     z = found.images.astype(float)
     low, high = bounds
     outside = np.maximum(low - z, z - high).max()
@@ -390,13 +390,17 @@ def _searched(w: Any, x: Any, y: Any) -> Any:
 
 
 for _name, _use in {
-    "APGD": lambda w, x, y: perturb(APGD(), one_logit, w, x, y, Linf(0.1), jax.random.key(0)),
-    "Square": lambda w, x, y: perturb(Square(), one_logit, w, x, y, Linf(0.1), jax.random.key(0)),
-    "an evaluation": lambda w, x, y: evaluate(
-        one_logit, w, x, y, threat=Linf(0.1), attack=PGD(steps=1), key=jax.random.key(0)
+    "APGD": lambda w, x, y: perturb(
+        APGD(), Network(one_logit, w), x, y, Linf(0.1), jax.random.key(0)
+    ),
+    "Square": lambda w, x, y: perturb(
+        Square(), Network(one_logit, w), x, y, Linf(0.1), jax.random.key(0)
+    ),
+    "an evaluation": lambda w, x, y: measure(
+        Network(one_logit, w), Split(x, y), Linf(0.1), PGD(steps=1), key=jax.random.key(0)
     ),
     "the rules": lambda w, x, y: hygiene.check(
-        one_logit, w, x, y, threat=Linf(0.1), attack=PGD(steps=1), key=jax.random.key(0)
+        Network(one_logit, w), Split(x, y), Linf(0.1), PGD(steps=1), key=jax.random.key(0)
     ),
     "a search": _searched,
 }.items():
@@ -450,7 +454,7 @@ def _in_mode(mode: str) -> Outcome:
     def found() -> np.ndarray:
         return np.stack(
             [
-                perturb(attack, linear, w, x, y, Linf(0.1), jax.random.key(0)).images
+                perturb(attack, Network(linear, w), x, y, Linf(0.1), jax.random.key(0)).images
                 for attack in (APGD(steps=2), Square(1))
             ]
         )
@@ -468,7 +472,7 @@ for _name in MODES:
 def narrow_images() -> Outcome:
     given = problem(4)
     x, w = jnp.asarray(given.x, jnp.float16), jnp.asarray(given.w)
-    loss = cross_entropy(linear, w, jnp.asarray(given.y))
+    loss = NetworkLoss(Network(linear, w), jnp.asarray(given.y))
     keys = jax.random.split(jax.random.key(0), 4)
     return refused(lambda: PGD(steps=2).run(loss, x, Linf(0.1), keys), "attacked images", "float32")
 
@@ -494,8 +498,10 @@ def _channels_first(name: str, epsilon: float) -> Outcome:
         return last(params, jnp.moveaxis(z, 1, -1))
 
     key, attack = jax.random.key(0), Square(30)
-    wanted = perturb(attack, last, w, jnp.asarray(x), y, threat, key).images
-    came = perturb(attack, first, w, jnp.asarray(np.moveaxis(x, -1, 1)), y, threat, key).images
+    wanted = perturb(attack, Network(last, w), jnp.asarray(x), y, threat, key).images
+    came = perturb(
+        attack, Network(first, w), jnp.asarray(np.moveaxis(x, -1, 1)), y, threat, key
+    ).images
     rounding = {"linf": 0, "l2": 30 * 9 * 2.0**-24}[name]
     return near(jnp.moveaxis(came, 1, -1), wanted, absolute=rounding)
 

@@ -16,9 +16,9 @@ import scipy.stats
 
 from ntk_awt import kernels, masks, models, tickets
 from ntk_awt.app.config import MaskConfig, ModelConfig, TicketConfig
-from ntk_awt.attacks import PGD, cross_entropy
+from ntk_awt.attacks import PGD, NetworkLoss
 from ntk_awt.errors import InputError
-from ntk_awt.network import density
+from ntk_awt.network import Network, density
 from ntk_awt.threats import L2, Linf
 from ntk_awt.tickets import baselines
 from ntk_awt.tickets.objective import (
@@ -199,7 +199,7 @@ def test_inputs_name_the_network_that_is_attacked(net, first, problem):
         ("dense", "sparse", net.params),
         ("sparse", "dense", masks.effective(*first)),
     ):
-        loss = cross_entropy(net.apply, params, few.y)
+        loss = NetworkLoss(Network(net.apply, params), few.y)
         assert float(loss(found[own]).mean()) > float(loss(found[other]).mean())
 
 

@@ -17,10 +17,12 @@ from ntk_awt.attacks import PGD
 from ntk_awt.checkpoints import Checkpoints
 from ntk_awt.errors import InputError
 from ntk_awt.masks import Ticket
-from ntk_awt.robustness.accuracy import evaluate
+from ntk_awt.network import Network
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.schedules import SCHEDULES
 from ntk_awt.threats import L2, Linf
 from ntk_awt.training import Batch, EpochRecord, fit, steps_per_epoch
+from ntk_awt.types import Split
 from tests.keys import key_of
 
 SLOW = (
@@ -597,8 +599,8 @@ def test_learning():
             linear, dense(params), x, y, config=replace(config, loss=loss),
             threat=threat, attack=attack, key=key_of(3),
         )  # fmt: skip
-        result[loss] = evaluate(
-            linear, trained.params, x, y, threat=threat, attack=attack, key=key_of(3)
+        result[loss] = measure(
+            Network(linear, trained.params), Split(x, y), threat, attack, key=key_of(3)
         )
     assert result["natural"].natural.value == 1
     assert result["natural"].robust.value < 0.3

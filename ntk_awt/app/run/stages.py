@@ -51,10 +51,10 @@ from ntk_awt.kernels import (
 from ntk_awt.masks import Ticket
 from ntk_awt.network import Network, density
 from ntk_awt.robustness import hygiene
-from ntk_awt.robustness.accuracy import evaluate
+from ntk_awt.robustness.accuracy import measure
 from ntk_awt.robustness.suite import Assessment, assess, identity, make_suites
 from ntk_awt.threats import Threat
-from ntk_awt.types import ApplyFn, Images, Key
+from ntk_awt.types import ApplyFn, Images, Key, Split
 
 VALIDATION_IMAGES = 1000
 """At most that many validation images are attacked after each epoch."""
@@ -268,15 +268,7 @@ class Run:
         """
         p = self.config.record.probe_size
         x, y = (jnp.asarray(a[:p]) for a in (self.dataset.x_validation, self.dataset.y_validation))
-        found = perturb(
-            self.training_attack,
-            self.network.apply,
-            self.network.params,
-            x,
-            y,
-            self.threat,
-            self.key("probe"),
-        )
+        found = perturb(self.training_attack, self.network, x, y, self.threat, self.key("probe"))
         return x, found.images
 
     @cached_property
@@ -285,6 +277,9 @@ class Run:
         clean, perturbed = self.probe
         points = jnp.concatenate([clean, perturbed])
         return jax.tree_util.Partial(_Observe(self.network.apply), points, perturbed)
+
+    def _with(self, ticket: Ticket) -> Network:
+        return Network(self.network.apply, *ticket)
 
     def load_ticket(self, name: str) -> Ticket:
         """A network at initialisation, from its file."""
@@ -478,13 +473,11 @@ class Run:
                 observed = jax.device_get(record.observations)
                 arrays = {"step": record.steps, **observed._asdict()}
                 files.save_arrays(self.paths.dynamics(name, record.epoch), arrays)
-                validation = evaluate(
-                    self.network.apply,
-                    masks.effective(*record.ticket),
-                    x,
-                    y,
-                    threat=self.threat,
-                    attack=self.training_attack,
+                validation = measure(
+                    self._with(record.ticket),
+                    Split(x, y),
+                    self.threat,
+                    self.training_attack,
                     key=self.key("validation"),
                 )
                 self.log.add(
@@ -612,10 +605,8 @@ class Run:
             fix = "delete it: the network is evaluated anew"
             transferred = files.load_arrays(dense, wanted, fix=fix)["attacked"]
         return assess(
-            self.network.apply,
-            masks.effective(*trained),
-            d.x_test,
-            d.y_test,
+            self._with(trained),
+            Split(d.x_test, d.y_test),
             threat=self.make_threat(threat_config),
             suites=suites,
             key=self.key("evaluation"),
@@ -623,7 +614,7 @@ class Run:
             label=name,
             folder=self.paths.attacks(name, identity(threat_config, suites)),
             transferred=transferred,
-            pruning=hygiene.Pruning(trained.params, trained.mask, self.load_ticket(name).mask),
+            ticket=self._with(self.load_ticket(name)),
             chosen_on=d.x_validation,
         )
 

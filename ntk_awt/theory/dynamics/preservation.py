@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ntk_awt.attacks import CRITERIA, Attack, check_examples, criterion, example_keys
+from ntk_awt.attacks import CRITERIA, Attack, NetworkLoss, check_examples, example_keys
 from ntk_awt.errors import InputError, check_finite, check_labels, check_number, choose
 from ntk_awt.kernels import empirical, flatten, target_distance
 from ntk_awt.masks import Ticket, effective, masked
+from ntk_awt.network import Network
 from ntk_awt.theory.dynamics.flow import (
     Spectrum,
     check_spectrum,
@@ -78,7 +79,9 @@ def _attacked(
 ) -> jax.Array:
     def attacked(params: Params) -> Images:
         weights = effective(params, path.mask, path.gain)
-        return attack.run(criterion(name, apply, weights, y), x, threat, keys)[0]
+        return attack.run(NetworkLoss(Network(apply, weights), y, CRITERIA[name]), x, threat, keys)[
+            0
+        ]
 
     return jax.lax.map(attacked, jax.tree.map(lambda leaf: leaf[:-1], path.params))
 
@@ -119,7 +122,7 @@ def attacked_path(
             fix="set random_start=False in the training as well",
         )
     first = jax.tree.map(lambda leaf: leaf[0], path.params)
-    images, labels = check_examples(apply, first, x, y, threat)
+    images, labels = check_examples(Network(apply, first), x, y, threat)
     keys = example_keys(jax.random.key(0), jnp.arange(len(images)))
     return _attacked(
         path, jnp.asarray(images), jnp.asarray(labels), keys, threat, apply, attack, loss

@@ -458,13 +458,13 @@ def test_attacks_that_were_made_are_not_made_again(finished, tmp_path, monkeypat
     (file,) = root.glob("evaluation/dense/*/auto-fab-t.npz")
     file.unlink()
     made = []
-    honest = assessment.evaluate
+    honest = assessment.measure
 
     def counted(*args, **kwargs):
-        made.append(type(kwargs["attack"]).__name__)
+        made.append(type(args[3]).__name__)
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(assessment, "evaluate", counted)
+    monkeypatch.setattr(assessment, "measure", counted)
     again = run.assess("dense", settings)
     assert made == ["FAB"]
     assert again.table() == whole.table()
