@@ -58,7 +58,7 @@ class Control(NamedTuple):
     name: str
     rejected: bool
     measured: str
-    breaks: str = FORMULA
+    breaks: str
 
 
 class Line(NamedTuple):
@@ -143,7 +143,7 @@ class Statement:
     title: str
     claim: str
     formula: str
-    hypotheses: Mapping[str, str] | tuple[str, ...]
+    hypotheses: Mapping[str, str]
     instances: str
     rule: str
     tolerance: str
@@ -269,19 +269,21 @@ def slope(name: str, sizes: Any, values: Any, *, low: float, high: float) -> Cas
 # ---------------------------------------------------------------- controls
 
 
-def rejects(name: str, case: Case, breaks: str = FORMULA) -> Control:
-    """A control: the statement's rule, applied to a broken instance, must say no.
+def control(name: str, broken: Case | Callable[[], Any], breaks: str) -> Control:
+    """A control of that name: what is broken must be rejected.
 
-    By finite numbers: where one is missing nothing has been shown.
+    Args:
+        name: what is wrong.
+        broken: a case, judged by the statement's own rule: it must say no, by finite numbers (where
+            one is missing nothing has been shown). Or a call, which the library must refuse with an
+            `InputError`.
+        breaks: the hypothesis by its name, or `FORMULA`.
     """
-    rejected = not case.holds and np.isfinite(case.margin)
-    return Control(name, bool(rejected), f"{case.name}: {case.measured}", breaks)
-
-
-def refuses(name: str, call: Callable[[], Any], breaks: str = FORMULA) -> Control:
-    """A control: the library must refuse the broken instance with an `InputError`."""
+    if isinstance(broken, Case):
+        rejected = not broken.holds and np.isfinite(broken.margin)
+        return Control(name, bool(rejected), f"{broken.name}: {broken.measured}", breaks)
     try:
-        call()
+        broken()
     except InputError as error:
         return Control(name, True, f"refused: {error}", breaks)
     return Control(name, False, "was not refused", breaks)
@@ -338,17 +340,10 @@ class Recorder:
         self.case(slope(name, sizes, values, low=low, high=high))
 
     def control(self, name: str, broken: Case | Callable[[], Any], *, breaks: str) -> None:
-        """Record a control: a case that its rule must reject, or a call that must be refused.
-
-        Args:
-            name: what is wrong.
-            broken: the case, judged; or a call that must end with an `InputError`.
-            breaks: name of a hypothesis, or `FORMULA`.
-        """
+        """Judge by `control`, and record; the statement must have that hypothesis."""
         if breaks != FORMULA and breaks not in self.statement.hypotheses:
             raise ValueError(f"{name}: {self.statement.number} has no hypothesis {breaks!r}")
-        judge = rejects if isinstance(broken, Case) else refuses
-        self._controls.append(judge(name, broken, breaks))  # pyright: ignore[reportArgumentType]
+        self._controls.append(control(name, broken, breaks))
 
     def panel(self, *panels: Panel) -> None:
         """Record plots of the statement's figure."""

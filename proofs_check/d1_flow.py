@@ -1,6 +1,5 @@
 """D1: the outputs of adversarial training follow the mixed tangent kernel."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,17 +16,8 @@ from ntk_awt.network import Network
 from ntk_awt.theory.dynamics.flow import loss_gradient, output_change
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.types import ApplyFn, Gain, Key, Mask, Params
-from proofs_check.core import (
-    Context,
-    Control,
-    Line,
-    Outcome,
-    Panel,
-    Statement,
-    close,
-    rejects,
-    slope,
-)
+from proofs_check.core import FORMULA, Context, Line, Outcome, Panel, Recorder, Statement, slope
+from proofs_check.instances.networks import draw, untrained
 
 STATEMENT = Statement(
     number="D1",
@@ -36,11 +26,11 @@ STATEMENT = Statement(
     "kernel, up to the square of the step",
     formula="df_t(x)/dt = −(1/N) Σ_j Θ_t(x, x̃_j) g_j;  "
     "‖f_{t+η}(X) − f_t(X) + (η/N) Θ_t(X, X̃) g‖ = O(η²)",
-    hypotheses=(
-        "twice differentiable activation",
-        "the adversarial inputs stay where they are during the step",
-        "columns of the kernel at the adversarial inputs; Jacobian of the masked network",
-    ),
+    hypotheses={
+        "smooth": "twice differentiable activation",
+        "one set of inputs": "the gradient is taken at the inputs X̃ of the kernel's columns",
+        "masked Jacobian": "the kernel is that of the masked network",
+    },
     instances="a dense MLP with tanh, a masked one with GELU, a masked CNN with tanh; both losses, "
     "inputs by PGD in L∞ and L2 balls; the step halved five times",
     rule="slope of the remainder in η inside 2 ± 0.1 (95 % interval over seeds); the instantaneous "
@@ -94,35 +84,6 @@ class _Measured(NamedTuple):
     mixed: Any
     clean: Any
     full: Any
-
-
-def untrained(make: Callable[[Key], Network]) -> Network:
-    """A network with the shapes of its parameters alone: drawing them would be compiled."""
-    applies = []
-
-    def params(key: Key) -> Params:
-        network = make(key)
-        applies.append(network.apply)
-        return network.params
-
-    shapes = jax.eval_shape(params, jax.random.key(0))
-    return Network(applies[0], shapes)
-
-
-def draw(
-    rng: np.random.Generator, shapes: Params, density: float, count: int
-) -> tuple[Params, Mask, Gain]:
-    """Weights N(0, 1) (NTK parametrisation), random masks and the gain 1/√p of `count` networks."""
-
-    def mask(w: Any) -> np.ndarray:
-        prune = density if len(w.shape) > 1 else 1.0
-        return rng.random((count, *w.shape)) < prune
-
-    def gain(w: Any) -> np.ndarray:
-        return np.full(count, density**-0.5 if len(w.shape) > 1 else 1.0)
-
-    weights = jax.tree.map(lambda w: rng.standard_normal((count, *w.shape)), shapes)
-    return weights, jax.tree.map(mask, shapes), jax.tree.map(gain, shapes)
 
 
 @partial(
@@ -191,81 +152,81 @@ def _remainders(found: _Measured, change: np.ndarray) -> np.ndarray:
     return np.linalg.norm(moved, axis=(2, 3))
 
 
+def _mlp(activation: str) -> Network:
+    config = ModelConfig(parametrization="ntk", activation=activation, widths=(32, 32))
+    return untrained(lambda key: models.build(config, (16,), CLASSES, key))
+
+
 def _settings(context: Context) -> list[_Setting]:
     rng = context.rng(1)
     flat, pictures = rng.uniform(0, 1, (6, 16)), rng.uniform(0, 1, (4, 6, 6, 1))
 
-    def config(activation: str, **settings: Any) -> ModelConfig:
-        return ModelConfig(parametrization="ntk", activation=activation, **settings)
-
-    def mlp(activation: str) -> Network:
-        chosen = config(activation, widths=(32, 32))
-        return untrained(lambda key: models.build(chosen, (16,), CLASSES, key))
-
     def cnn(key: Key) -> Network:
-        chosen = config("tanh", pooling="average")
+        chosen = ModelConfig(parametrization="ntk", activation="tanh", pooling="average")
         layers = {"blocks": ((6,), (8,)), "hidden": (16,), "rngs": nnx.Rngs(params=key)}
         return Network.from_nnx(models.Classifier((6, 6, 1), CLASSES, chosen, **layers))
 
-    masked = _Setting("masked MLP, GELU, L∞", mlp("gelu"), 0.3, Linf(0.1), flat)
+    masked = _Setting("masked MLP, GELU, L∞", _mlp("gelu"), 0.3, Linf(0.1), flat)
     if context.size == "reduced":
         return [masked]
     return [
-        _Setting("dense MLP, tanh, L∞", mlp("tanh"), 1.0, Linf(0.1), flat),
+        _Setting("dense MLP, tanh, L∞", _mlp("tanh"), 1.0, Linf(0.1), flat),
         masked,
         _Setting("masked CNN, tanh, L2", untrained(cnn), 0.3, L2(0.5), pictures),
     ]
 
 
+def _found(
+    setting: _Setting, rng: np.random.Generator, squared: np.ndarray, *, kink: bool = False
+) -> _Measured:
+    """Drawn instances; `kink`: without biases, so that an image of zeros is where ReLU bends."""
+    labels = rng.integers(0, CLASSES, (len(squared), len(setting.images)))
+    weights, *mask = draw(rng, setting.network.params, setting.density, len(squared))
+    if kink:
+        weights = {name: leaf | {"bias": 0 * leaf["bias"]} for name, leaf in weights.items()}
+    instances = (weights, *mask, np.eye(CLASSES)[labels], squared)
+    images = jnp.asarray(setting.images)
+    arrays = _measure(
+        setting.network.apply, setting.density == 1, setting.threat, images, instances
+    )
+    return _Measured(*(np.asarray(array, float) for array in arrays))
+
+
 def check(context: Context) -> Outcome:
     """One gradient step on the adversarial risk against the kernel's prediction."""
+    check = Recorder(STATEMENT)
     seeds = context.pick(3, 5, 20)
     squared = np.repeat([False, True], seeds)
-    cases, controls, panels = [], [], []
+    chosen = dict(zip(LOSSES, (~squared, squared), strict=True))
+    rule = partial(slope, low=1.9, high=2.1)
+
+    def wrong(name: str, found: _Measured, change: np.ndarray, breaks: str) -> None:
+        remainders = _remainders(found, change)
+        for loss, rows in chosen.items():
+            check.control(name, rule(loss, STEPS, remainders[rows]), breaks=breaks)
+
     settings = _settings(context)
     for done, setting in enumerate(settings):
-        rng = context.rng(2, done)
-        labels = rng.integers(0, CLASSES, (len(squared), len(setting.images)))
-        drawn = draw(rng, setting.network.params, setting.density, len(squared))
-        instances = (*drawn, np.eye(CLASSES)[labels], squared)
-        dense = setting.density == 1
-        arrays = _measure(
-            setting.network.apply, dense, setting.threat, jnp.asarray(setting.images), instances
-        )
-        found = _Measured(*(np.asarray(array, float) for array in arrays))
+        found, name = _found(setting, context.rng(2, done), squared), setting.name
         g = _gradients(found.adversarial, found.y, squared)
-        change = _flow(found.mixed, g)
-        name = setting.name
-        cases += [
-            close(f"{name}: library", found.change, change, tolerance=1e-12),
-            close(f"{name}: derivative", change, found.derivative, tolerance=1e-10),
-        ]
+        change, clean = _flow(found.mixed, g), _flow(found.clean, g)
+        check.close(f"{name}: library", found.change, change, tolerance=1e-12)
+        check.close(f"{name}: derivative", change, found.derivative, tolerance=1e-10)
         right = _remainders(found, change)
-        wrong = {
-            "without 1/N": change * g.shape[1],
-            "clean kernel Θ(X, X) for the mixed one": _flow(found.clean, g),
-        }
+        for loss, rows in chosen.items():
+            check.case(rule(f"{name}, {loss}", STEPS, right[rows]))
+        wrong(f"{name}: without 1/N", found, change * g.shape[1], FORMULA)
+        wrong(f"{name}: clean kernel Θ(X, X) for the mixed one", found, clean, "one set of inputs")
         if setting.density < 1:
-            wrong["kernel of the unmasked Jacobian"] = _flow(found.full, g)
-        controls += _reject(name, found, wrong, squared)
-        for loss, chosen in zip(LOSSES, (~squared, squared), strict=True):
-            cases.append(slope(f"{name}, {loss}", STEPS, right[chosen], low=1.9, high=2.1))
-        panels.append(_panel(name, right, _remainders(found, _flow(found.clean, g))))
-        context.progress((done + 1) / len(settings))
-    return Outcome(cases, controls, panels)
-
-
-def _reject(
-    name: str, found: _Measured, wrong: dict[str, np.ndarray], squared: np.ndarray
-) -> list[Control]:
-    """Each wrong formula under the statement's rule, for the two losses."""
-    controls = []
-    for what, change in wrong.items():
-        remainders = _remainders(found, change)
-        for loss, chosen in zip(LOSSES, (~squared, squared), strict=True):
-            case = slope(loss, STEPS, remainders[chosen], low=1.9, high=2.1)
-            controls.append(rejects(f"{name}: {what}", case))
-    return controls
+            full = _flow(found.full, g)
+            wrong(f"{name}: kernel of the unmasked Jacobian", found, full, "masked Jacobian")
+        check.panel(_panel(name, right, _remainders(found, clean)))
+        context.progress((done + 1) / (len(settings) + 1))
+    images = context.rng(3).uniform(0, 1, (6, 16)) * (np.arange(6) > 0)[:, None]
+    bent = _Setting("ReLU", _mlp("relu"), 1.0, Linf(0.0), images)
+    found = _found(bent, context.rng(4), squared, kink=True)
+    wrong("ReLU, one image where it bends", found, found.derivative, "smooth")
+    return check.outcome()
 
 
 def _panel(name: str, right: np.ndarray, clean: np.ndarray) -> Panel:

@@ -6,7 +6,7 @@ maps the null space of Θ(X̃, X̃) to 0. The last instance has one. neural-tang
 all N·C entries of y, so its time is C times ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
 import scipy.linalg
+import scipy.special
 
 from ntk_awt import masks, models
 from ntk_awt.app.config import ModelConfig
@@ -26,18 +27,17 @@ from ntk_awt.theory.dynamics.flow import frozen
 from ntk_awt.threats import Linf
 from ntk_awt.types import ApplyFn, Gain, Mask, Params
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     close,
-    refuses,
-    rejects,
 )
-from proofs_check.d1_flow import draw, untrained
+from proofs_check.instances.networks import draw, untrained
 
 STATEMENT = Statement(
     number="D3",
@@ -46,12 +46,14 @@ STATEMENT = Statement(
     "points and times are known in closed form",
     formula="f_t(X̃) = y + e^{−tΘ/N}(f_0 − y);  "
     "f_t(x) = f_0(x) − Θ(x, X̃) Θ(X̃, X̃)⁻¹ (I − e^{−tΘ/N})(f_0(X̃) − y)",
-    hypotheses=(
-        "frozen kernel: a linearised network, or infinite width",
-        "squared loss, fixed inputs",
-        "Θ(X̃, X̃) of the masked Jacobian, symmetric, positive semidefinite (it may be singular)",
-        "gradient steps: η ≤ 2N/λ_max",
-    ),
+    hypotheses={
+        "frozen": "frozen kernel: a linearised network, or infinite width",
+        "squared loss": "½‖f − y‖² on the mean",
+        "fixed inputs": "the same X̃ all the time",
+        "semidefinite": "Θ(X̃, X̃) symmetric, positive semidefinite (it may be singular)",
+        "masked Jacobian": "the kernel is that of the masked network",
+        "step": "gradient steps: η ≤ 2N/λ_max",
+    },
     instances="an MLP, dense and masked, with full kernels, and models linear in their parameters "
     "with Θ ⊗ I, regular and singular; points trained on and others",
     rule="equal to neural-tangents' prediction, to gradient flow and gradient steps of the "
@@ -182,20 +184,44 @@ def _formula(found: _Instance, y: np.ndarray, times: np.ndarray) -> _Outputs:
     return _Outputs(np.stack(x), np.stack([found.f_z - m.reshape(y.shape) for m in moved]))
 
 
-def _integrated(found: _Instance, y: np.ndarray, times: np.ndarray) -> _Outputs:
-    """Gradient flow of the linearised network in the space of its parameters."""
-    j, start = found.jacobian_x, (found.f_x - y).ravel()
+def _integrated(
+    found: _Instance,
+    y: np.ndarray,
+    times: np.ndarray,
+    *,
+    bend: float = 0.0,
+    gradient: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda residual, y: residual,
+    moving: bool = False,
+) -> _Outputs:
+    """Gradient flow of the linearised network in the space of its parameters.
+
+    Controls alone change the rest: outputs f_0 + u + bend·u²/2 with u = Jw, whose kernel moves; the
+    gradient of the loss, of f − y and y; and inputs that jump from X̃ to Z at the first time.
+    """
+    starts, jacobians = (found.f_x, found.f_z), (found.jacobian_x, found.jacobian_z)
+
+    def velocity(t: float, w: np.ndarray) -> np.ndarray:
+        place = int(moving and t > times[1])
+        j, u = jacobians[place], jacobians[place] @ w
+        residual = (starts[place] - y).ravel() + (u + bend * u**2 / 2)
+        return -j.T @ ((1 + bend * u) * gradient(residual, y.ravel())) / len(y)
+
     solved = scipy.integrate.solve_ivp(
-        lambda _, w: -j.T @ (start + j @ w) / len(y),
+        velocity,
         (0, times[-1]),
-        np.zeros(j.shape[1]),
+        np.zeros(found.jacobian_x.shape[1]),
         method="DOP853",
         t_eval=times,
         rtol=1e-11,
         atol=1e-13,
     )
-    x, z = (jacobian @ solved.y for jacobian in (j, found.jacobian_z))
-    return _Outputs(*(f + d.T.reshape(-1, *y.shape) for f, d in ((found.f_x, x), (found.f_z, z))))
+    moves = (jacobian @ solved.y for jacobian in jacobians)
+    return _Outputs(
+        *(
+            f + (u + bend * u**2 / 2).T.reshape(-1, *y.shape)
+            for f, u in zip(starts, moves, strict=True)
+        )
+    )
 
 
 def _stepped(found: _Instance, y: np.ndarray) -> _Outputs:
@@ -251,34 +277,51 @@ def _judge(name: str, found: _Instance, y: np.ndarray) -> list[Case]:
     return cases
 
 
-def _controls(found: _Instance, other: _Instance, y: np.ndarray) -> list[Control]:
+def _softmax_gradient(residual: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the cross-entropy."""
+    f = (residual + y).reshape(-1, CLASSES)
+    return scipy.special.softmax(f, axis=1).ravel() - y
+
+
+def _controls(check: Recorder, found: _Instance, other: _Instance, y: np.ndarray) -> None:
     """Wrong formulas for the masked network, and kernels that the library has to refuse."""
     times = _times(found)
+
+    def worst(outputs: _Outputs, expected: _Outputs) -> Case:
+        return min(_compare("parameter space", outputs, expected), key=lambda case: case.margin)
+
     expected = _integrated(found, y, times)
-    wrong = {
-        "1/N left out": {"n": 1},
-        "Θ(X̃, Z) for Θ(Z, X̃)": {"kernel_zx": found.zx.swapaxes(0, 1)},
-        "unmasked Jacobian": {"kernel_xx": found.full_xx, "kernel_zx": found.full_zx},
-        "another network's kernel": {"kernel_xx": other.xx, "kernel_zx": other.zx},
-        "one gradient step a unit of time": {"step": float(found.step)},
-    }
-    controls = []
-    for name, options in wrong.items():
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("1/N left out", {"n": 1}, FORMULA),
+        ("Θ(X̃, Z) for Θ(Z, X̃)", {"kernel_zx": found.zx.swapaxes(0, 1)}, FORMULA),
+        ("unmasked Jacobian", {"kernel_xx": found.full_xx, "kernel_zx": found.full_zx},
+         "masked Jacobian"),
+        ("another network's kernel", {"kernel_xx": other.xx, "kernel_zx": other.zx}, FORMULA),
+        ("one gradient step a unit of time", {"step": float(found.step)}, FORMULA),
+    ]  # fmt: skip
+    for name, options, breaks in wrong:
         moments = COUNTS if "step" in options else times
-        cases = _compare("parameter space", _frozen(found, y, moments, **options), expected)
-        controls.append(rejects(name, min(cases, key=lambda case: case.margin)))
+        case = worst(_frozen(found, y, moments, **options), expected)
+        check.control(name, case, breaks=breaks)
+    flow = _frozen(found, y, times)
+    trained: list[tuple[str, dict[str, Any], str]] = [
+        ("a network that is not linear, from the same kernel", {"bend": 0.5}, "frozen"),
+        ("cross-entropy", {"gradient": _softmax_gradient}, "squared loss"),
+        ("inputs that move to Z", {"moving": True}, "fixed inputs"),
+    ]
+    for name, options, breaks in trained:
+        check.control(name, worst(flow, _integrated(found, y, times, **options)), breaks=breaks)
     n = len(y)
     largest = STEP * n / float(found.step)
     shifted = found.xx - 0.1 * largest * np.einsum("ij,ab->ijab", np.eye(n), np.eye(CLASSES))
-    refused: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        "the mixed kernel Θ(X, X̃) for Θ(X̃, X̃)": (times, {"kernel_xx": found.zx}),
-        "a kernel with negative eigenvalues": (times, {"kernel_xx": shifted}),
-        "a step of 2.5·N/λ_max": (COUNTS, {"step": 2.5 * n / largest}),
-        "negative times": (-times, {}),
-    }
-    for name, (moments, options) in refused.items():
-        controls.append(refuses(name, partial(_frozen, found, y, moments, **options)))
-    return controls
+    refused: list[tuple[str, np.ndarray, dict[str, Any], str]] = [
+        ("the mixed kernel Θ(X, X̃) for Θ(X̃, X̃)", times, {"kernel_xx": found.zx}, "semidefinite"),
+        ("a kernel with negative eigenvalues", times, {"kernel_xx": shifted}, "semidefinite"),
+        ("a step of 2.5·N/λ_max", COUNTS, {"step": 2.5 * n / largest}, "step"),
+        ("negative times", -times, {}, FORMULA),
+    ]
+    for name, moments, options, breaks in refused:
+        check.control(name, partial(_frozen, found, y, moments, **options), breaks=breaks)
 
 
 def check(context: Context) -> Outcome:
@@ -302,11 +345,13 @@ def check(context: Context) -> Outcome:
     }
     if context.size == "reduced":  # neural-tangents compiles anew for Θ ⊗ I
         del instances["dense"], instances["Θ ⊗ I"]
-    cases = []
-    for name, instance in instances.items():
-        cases += _judge(name, instance, y)
-        context.progress(0.4 + 0.5 * len(cases) / (8 * len(instances)))
-    return Outcome(cases, _controls(masked, other, y), _panels(networks, y))
+    check = Recorder(STATEMENT)
+    for done, (name, instance) in enumerate(instances.items()):
+        check.case(*_judge(name, instance, y))
+        context.progress(0.4 + 0.5 * (done + 1) / len(instances))
+    _controls(check, masked, other, y)
+    check.panel(*_panels(networks, y))
+    return check.outcome()
 
 
 def _panels(instances: dict[str, _Instance], y: np.ndarray) -> Sequence[Panel]:

@@ -31,18 +31,18 @@ from ntk_awt.theory.dynamics.infinite import InfiniteTraining, KernelFn
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.types import ApplyFn, Images, Key, Logits, Params
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
-    close,
-    rejects,
     slope,
 )
 from proofs_check.instances import trainings
+from proofs_check.instances.networks import untrained
 
 STATEMENT = Statement(
     number="D4",
@@ -54,12 +54,15 @@ STATEMENT = Statement(
     formula=(
         "f_K(z) = Σ_k Θ(z, X̃_k) Θ_k⁻¹(I − e^{−Δt·Θ_k/N})(y − f_k(X̃_k)),   ‖f^n − f^∞‖ = O(n^{−½})"
     ),
-    hypotheses=(
-        "NTK parametrisation; first layer dense; energy-preserving gains",
-        "squared loss, gradient flow, networks centred at their initial outputs",
-        "an attack that depends on the predictor in a Lipschitz way: with steps of signs (L∞) the "
-        "rate at finite width is between n^{−¼} and n^{−½}",
-    ),
+    hypotheses={
+        "NTK parametrisation": "weights N(0, 1) over the root of their inputs",
+        "dense first layer": "the first layer is not masked",
+        "gain": "the gains of the masked layers keep their energy",
+        "flow": "gradient flow on the mean of ½‖f − y‖²",
+        "centred": "networks minus their initial outputs",
+        "same attack": "both sides are attacked alike, in a way that depends on the predictor "
+        "alone, and Lipschitz: with steps of signs (L∞) the rate is between n^{−¼} and n^{−½}",
+    },
     instances=(
         "three digits, 16 training images, Z of 32 images; 4 phases of time 5; networks drawn with "
         "1 hidden layer (dense, erf, L2) and 2 (random masks, gelu, L2; magnitude masks, erf, L∞)"
@@ -196,6 +199,25 @@ def flow(setting: Setting, points: np.ndarray, y: np.ndarray, z: np.ndarray) -> 
 # ---------------------------------------------------------------- finite networks
 
 
+class Broken(NamedTuple):
+    """What the controls change of the finite networks.
+
+    Attributes:
+        mean_field: outputs times (128/width)^{1/2}.
+        masked: a layer, the density of its random mask, and whether it has the gain p^{−1/2}.
+        decay: of the weights, per time.
+        centre: share of the initial outputs that is taken off.
+    """
+
+    mean_field: bool = False
+    masked: tuple[str, float, bool] | None = None
+    decay: float = 0.0
+    centre: float = 1.0
+
+
+SOUND, FIRST_WIDTH = Broken(), 128
+
+
 def draw(setting: Setting, shapes: Params, rng: np.random.Generator, seeds: int) -> Ticket:
     """Initial values and masks of `seeds` networks, stacked; the gain preserves the energy."""
     params = trainings.normal(shapes, rng, seeds)
@@ -224,6 +246,8 @@ def train(
     x: Images,
     y: Logits,
     z: Images,
+    decay: jax.Array,
+    centre: jax.Array,
     threat: Threat,
     keys: Key,
     apply: ApplyFn,
@@ -241,7 +265,7 @@ def train(
         f = masks.masked(apply, ticket.mask, ticket.gain)
 
         def centred(params: Params, points: Images) -> jax.Array:
-            return f(params, points) - f(ticket.params, points)
+            return f(params, points) - centre * f(ticket.params, points)
 
         def losses(params: Params, points: Images) -> jax.Array:
             return jnp.sum((centred(params, points) - y) ** 2, -1) / 2
@@ -254,6 +278,7 @@ def train(
                     gradient, after = carry
                     at = trainings.stepped(params, gradient, share[0] * h)
                     gradient = jax.grad(lambda p: jnp.mean(losses(p, points)))(at)
+                    gradient = jax.tree.map(lambda g, w: g + decay * w, gradient, at)
                     return (gradient, trainings.stepped(after, gradient, share[1] * h)), None
 
                 shares = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
@@ -277,22 +302,29 @@ def single(tree: Any) -> Any:
 
 
 def finite(
-    setting: Setting, p: Problem, width: int, rng: np.random.Generator, seeds: int
+    setting: Setting,
+    p: Problem,
+    width: int,
+    rng: np.random.Generator,
+    seeds: int,
+    broken: Broken = SOUND,
 ) -> np.ndarray:
     """Outputs at Z of `seeds` drawn networks of one width, [seeds, K + 1, m, c]."""
-    kept: list[ApplyFn] = []
-
-    def make() -> Params:
-        network = models.build(
-            setting.config(width), p.x.shape[1:], len(CLASSES), jax.random.key(0)
-        )
-        kept.append(network.apply)
-        return network.params
-
-    tickets = draw(setting, jax.eval_shape(make), rng, seeds)
+    network = untrained(
+        lambda key: models.build(setting.config(width), p.x.shape[1:], len(CLASSES), key)
+    )
+    tickets = draw(setting, network.params, rng, seeds)
+    last = f"dense{len(tickets.params)}"
+    if broken.mean_field:
+        tickets.gain[last]["kernel"] *= (FIRST_WIDTH / width) ** 0.5
+    if broken.masked is not None:
+        name, density, gain = broken.masked
+        w = tickets.params[name]["kernel"]
+        tickets.mask[name]["kernel"] = rng.uniform(size=w.shape) < density
+        tickets.gain[name]["kernel"] = np.full(seeds, density**-0.5 if gain else 1.0)
     keys = jax.random.split(jax.random.key(0), len(p.x))
-    arrays = single((tickets, *p))
-    return np.asarray(train(*arrays, setting.threat, keys, kept[0], RUNGE_KUTTA), np.float64)
+    arrays = single((tickets, *p, *(np.asarray(a) for a in (broken.decay, broken.centre))))
+    return np.asarray(train(*arrays, setting.threat, keys, network.apply, RUNGE_KUTTA), np.float64)
 
 
 # ---------------------------------------------------------------- the check
@@ -335,6 +367,18 @@ def scaled(threat: Any, factor: float) -> Threat:
     return replace(threat, epsilon=factor * float(threat.epsilon))
 
 
+BROKEN = {
+    "NTK parametrisation": (
+        "mean-field scaling: outputs n^{-1/2} smaller", Broken(mean_field=True)
+    ),
+    "dense first layer": ("first layer masked too", Broken(masked=("dense1", 0.05, True))),
+    "gain": ("masks without gain", Broken(masked=("dense2", 0.4, False))),
+    "flow": ("weights that decay", Broken(decay=0.05)),
+    "centred": ("networks with their initial outputs", Broken(centre=0.0)),
+}  # fmt: skip
+"""For each hypothesis of the finite networks a control that breaks it."""
+
+
 def check(context: Context) -> Outcome:
     """Finite networks of growing width against the library's limit, and against wrong limits."""
     p = problem(context.seed, context.pick(8, 16, 16))
@@ -352,8 +396,7 @@ def check(context: Context) -> Outcome:
             Size(MAGNITUDE, [128, 256, 512, 1024, 2048], 24),
         ],
     )
-    cases: list[Case] = []
-    controls: list[Control] = []
+    check = Recorder(STATEMENT)
     lines: list[Line] = []
     course: list[Line] = []
     for i, (setting, widths, seeds) in enumerate(sizes):
@@ -362,19 +405,21 @@ def check(context: Context) -> Outcome:
         if setting.activation == "erf":
             points = np.asarray(training.points, np.float64)
             found = flow(setting, points, p.y, p.z)
-            name = f"{setting.label}: kernel predictor"
-            cases.append(close(name, wanted, found, tolerance=TOLERANCE))
-        wrong: dict[str, np.ndarray] = {}
+            check.close(f"{setting.label}: kernel predictor", wanted, found, tolerance=TOLERANCE)
+        wrong: list[tuple[str, np.ndarray, str]] = []
         if setting == DENSE:
-            wrong["limit that is not attacked"] = limit(kernel_fn, p, scaled(setting.threat, 0))[1]
-            half = scaled(setting.threat, 0.5)
-            wrong["limit attacked with half the radius"] = limit(kernel_fn, p, half)[1]
+            clean, half = (scaled(setting.threat, factor) for factor in (0, 0.5))
             late = limit(kernel_fn, p, setting.threat, PHASE_TIME * len(p.x))[1]
-            wrong["1/N missing"] = late
+            wrong += [
+                ("limit that is not attacked", limit(kernel_fn, p, clean)[1], "same attack"),
+                ("limit attacked with half the radius", limit(kernel_fn, p, half)[1],
+                 "same attack"),
+                ("1/N missing", late, FORMULA),
+            ]  # fmt: skip
         if setting == MAGNITUDE:
             dense = replace(setting, density=1.0).kernel_fn(p.x.shape[1:])
             name = "kernel of the dense network for magnitude masks"
-            wrong[name] = limit(dense, p, setting.threat)[1]
+            wrong.append((name, limit(dense, p, setting.threat)[1], FORMULA))
 
         outputs = []
         for width in widths:
@@ -382,26 +427,31 @@ def check(context: Context) -> Outcome:
             context.progress((i + len(outputs) / len(widths)) / len(sizes))
         networks = np.stack(outputs, 1)
         values = errors(networks, wanted)
-        cases.append(rate(setting, widths, values))
+        check.case(rate(setting, widths, values))
         lines.append(Line(setting.label, widths, values.mean(0)))
-        for name, other in wrong.items():
+        for name, other, breaks in wrong:
             values = errors(networks, other)
-            controls.append(rejects(name, rate(setting, widths, values, name)))
+            check.control(name, rate(setting, widths, values, name), breaks=breaks)
             lines.append(Line(name, widths, values.mean(0), "reference"))
         if setting == DENSE:
             course = _course(networks[0, -1], wanted, widths[-1])
+            for breaks, (name, broken) in BROKEN.items():
+                rng = context.rng(i, 0)
+                found = [finite(setting, p, n, rng, seeds, broken) for n in widths[:2]]
+                values = errors(np.stack(found, 1), wanted)
+                check.control(name, rate(setting, widths[:2], values, name), breaks=breaks)
     start = lines[0].y[0]
     widths = sizes[0].widths
     line = Line("width^{-1/2}", widths, start * np.sqrt(widths[0] / np.array(widths)), "reference")
-    panels = [
+    check.panel(
         Panel(
             "Approach to the limit", "hidden width n, units",
             "relative error of the trained outputs", [*lines, line], xscale="log",
         ),
         Panel("Outputs over time", "time t, 1/learning rate", "output f_t(z)", course,
               yscale="linear"),
-    ]  # fmt: skip
-    return Outcome(cases, controls, panels)
+    )  # fmt: skip
+    return check.outcome()
 
 
 def _course(network: np.ndarray, wanted: np.ndarray, width: int) -> list[Line]:

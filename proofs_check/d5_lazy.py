@@ -29,17 +29,18 @@ from ntk_awt.threats import Threat
 from ntk_awt.training import Batch
 from ntk_awt.types import ApplyFn, Images, Labels, Params
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
-    rejects,
     slope,
 )
 from proofs_check.instances import trainings
+from proofs_check.instances.networks import untrained
 
 STATEMENT = Statement(
     number="D5",
@@ -50,11 +51,12 @@ STATEMENT = Statement(
         "upper bound O(n^{-1/2})."
     ),
     formula="‖Θ_T − Θ_0‖_F/‖Θ_0‖_F = O(1/n)  (≤ C·n^{−½})",
-    hypotheses=(
-        "NTK parametrisation, initial weights symmetric around 0",
-        "step size, time and images do not change with the width n",
-        "masks of a fixed density, first layer dense",
-    ),
+    hypotheses={
+        "NTK parametrisation": "outputs of order 1 at every width",
+        "symmetric": "initial weights symmetric around 0",
+        "fixed time": "step size, time and images do not change with the width n",
+        "fixed density": "masks of a density that does not change with the width",
+    },
     instances=(
         "digits, 16 images in one batch, attacked by PGD at each of 10 steps: 1 hidden layer, "
         "dense, cross-entropy, L∞, n = 64…2048; 2 hidden layers, random masks, squared loss, L2, "
@@ -115,7 +117,9 @@ def draw(
     rng: np.random.Generator,
     *,
     output_scale: float = 0.0,
+    step_scale: float = 0.0,
     one_sign: bool = False,
+    kept_units: int | None = None,
 ) -> Networks:
     """`seeds` networks of each width, width after width, inside the wide network's parameters.
 
@@ -123,9 +127,12 @@ def draw(
         shapes: of the wide network's parameters.
         output_scale: s ≥ 0: outputs times n^{−s/2} and the step times n^s, which is 0 in NTK
             parametrisation and 1 in the mean-field one.
+        step_scale: the step times as many powers of n more.
         one_sign: output weights |a| in place of a.
+        kept_units: of the masks above the first layer, at every width; by the density if None.
     """
     n = np.repeat(widths, seeds)
+    density = np.full(len(n), setting.density) if kept_units is None else kept_units / n
     params = trainings.normal(shapes, rng, len(n))
     last = f"dense{len(params)}"
     if one_sign:
@@ -135,11 +142,11 @@ def draw(
     for name, leaves in params.items():
         kept, inputs = mask[name]["kernel"], leaves["kernel"].shape[1]
         if name != "dense1":
-            kept &= rng.uniform(size=kept.shape) < setting.density
+            kept &= rng.uniform(size=kept.shape) < density[:, None, None]
             kept &= np.arange(inputs)[:, None] < n[:, None, None]
-            gain[name]["kernel"] = np.sqrt(inputs / (setting.density * n))
+            gain[name]["kernel"] = np.sqrt(inputs / (density * n))
     gain[last] = jax.tree.map(lambda g: g * n ** (-output_scale / 2), gain[last])
-    return Networks(Ticket(params, mask, gain), setting.step * n**output_scale)
+    return Networks(Ticket(params, mask, gain), setting.step * n ** (output_scale + step_scale))
 
 
 @partial(jax.jit, static_argnames=("apply", "criterion"))
@@ -186,16 +193,10 @@ class Problem:
         config = ModelConfig(
             widths=(max(widths),) * setting.depth, activation="gelu", parametrization="ntk"
         )
-        kept: list[ApplyFn] = []
-
-        def make() -> Params:
-            key = jax.random.key(0)
-            network = models.build(config, digits.image_shape, digits.num_classes, key)
-            kept.append(network.apply)
-            return network.params
-
-        self.shapes = jax.eval_shape(make)
-        self.apply = kept[0]
+        network = untrained(
+            lambda key: models.build(config, digits.image_shape, digits.num_classes, key)
+        )
+        self.shapes, self.apply = network.params, network.apply
 
     def drifts(self, rng: np.random.Generator, rounds: int = 1, **options: Any) -> np.ndarray:
         """Of `ROUND` networks a round drawn with these options, [seeds, widths, records]."""
@@ -210,11 +211,16 @@ class Problem:
 
 # ---------------------------------------------------------------- the check
 
-BROKEN: dict[str, dict[str, Any]] = {
-    "mean-field scaling: outputs n^{-1/2} smaller, step n times larger": {"output_scale": 1.0},
-    "output weights of one sign": {"one_sign": True},
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "NTK parametrisation": (
+        "mean-field scaling: outputs n^{-1/2} smaller, step n times larger",
+        {"output_scale": 1.0},
+    ),
+    "symmetric": ("output weights of one sign", {"one_sign": True}),
+    "fixed time": ("steps that grow as n^{1/2}", {"step_scale": 0.5}),
+    "fixed density": ("masks that keep 32 hidden units at every width", {"kept_units": 32}),
 }
-"""Hypotheses that the controls break, as options of `draw`."""
+"""For each hypothesis a control that breaks it, by options of `draw`."""
 
 
 class Group(NamedTuple):
@@ -243,8 +249,7 @@ def check(context: Context) -> Outcome:
             Group(SPARSE, 6, [[64, 128, 256], [512, 1024], [2048]]),
         ],
     )
-    cases: list[Case] = []
-    controls: list[Control] = []
+    check = Recorder(STATEMENT)
     lines: list[Line] = []
     course: list[Line] = []
     for i, (setting, rounds, parts) in enumerate(groups):
@@ -255,14 +260,14 @@ def check(context: Context) -> Outcome:
             found.append(problem.drifts(context.rng(i, k), rounds))
             context.progress((i + (k + 1) / len(parts)) / len(groups))
         values = np.concatenate(found, 1)
-        cases.append(rate(setting.label, widths, values))
+        check.case(rate(setting.label, widths, values))
         lines.append(Line(setting.label, widths, values[..., -1].mean(0)))
         if setting == DENSE:
             name = "rate n^{-1/2} of the upper bound"
-            controls.append(rejects(name, rate(name, widths, values, -0.5)))
-            for name, options in BROKEN.items():
+            check.control(name, rate(name, widths, values, -0.5), breaks=FORMULA)
+            for breaks, (name, options) in BROKEN.items():
                 other = problems[0].drifts(context.rng(i, 0), **options)
-                controls.append(rejects(name, rate(name, widths, other)))
+                check.control(name, rate(name, widths, other), breaks=breaks)
                 lines.append(Line(name, widths, other[..., -1].mean(0)))
             times = STEPS * setting.step * np.arange(1, RECORDS + 1)
             means = values.mean(0)
@@ -272,11 +277,8 @@ def check(context: Context) -> Outcome:
         y = first.y[0] * (np.array(first.x) / first.x[0]) ** power
         lines.append(Line(name, first.x, y, "reference"))
     label = "relative drift of the kernel"
-    return Outcome(
-        cases,
-        controls,
-        [
-            Panel("Drift at time T", "hidden width n, units", label, lines, xscale="log"),
-            Panel(f"Drift over time, {DENSE.label}", "time t, 1/learning rate", label, course),
-        ],
+    check.panel(
+        Panel("Drift at time T", "hidden width n, units", label, lines, xscale="log"),
+        Panel(f"Drift over time, {DENSE.label}", "time t, 1/learning rate", label, course),
     )
+    return check.outcome()

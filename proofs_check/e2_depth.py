@@ -1,7 +1,6 @@
 """E2: with masked layers above a dense first one, a deep network has the dense kernel's limit."""
 
 import itertools
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,38 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from ntk_awt import models
-from ntk_awt.app.config import ModelConfig
-from ntk_awt.kernels import analytic, empirical
-from ntk_awt.masks import Ticket
-from ntk_awt.types import ApplyFn, Key
-from proofs_check.core import (
-    Case,
-    Context,
-    Line,
-    Outcome,
-    Panel,
-    Statement,
-    below,
-    close,
-    rejects,
-    slope,
+from ntk_awt.kernels import analytic
+from proofs_check.core import Case, Context, Line, Outcome, Panel, Recorder, Statement, below, slope
+from proofs_check.instances.masked import (
+    BIAS_STD,
+    WEIGHT_STD,
+    Masks,
+    config_of,
+    drawn_kernels,
+    mlp,
+    random_masks,
 )
 
 STATEMENT = Statement(
     number="E2",
     title="Depth: random masks keep the limit",
-    claim="random masks with the gain 1/√p in the forward pass leave the infinitely wide network's "
-    "kernel as it is, if the first layer is dense; with a masked first layer the limit is a "
-    "mixture over masks, which differs by O(1/(dp))",
+    claim="in NTK parametrisation random masks with the gain 1/√p in the forward pass leave the "
+    "infinitely wide network's kernel as it is, if the first layer is dense; with a masked first "
+    "layer the limit is a mixture over masks, which differs by O(1/(dp))",
     formula="Θ^s → Θ^∞ of the dense network, error O(n^{−1/2}); first layer masked: Θ^s → the "
     "kernels behind the mean of T(Σ_m) and of Ṫ(Σ_m)·Σ_m over masks, "
     "Σ_m = σ_w² (1/d) Σ_i (m_i/p) x_i x'_i + σ_b²",
-    hypotheses=(
-        "NTK parametrisation, Gaussian weights, independent Bernoulli masks",
-        "first layer dense",
-        "gain 1/√p in the forward pass of every masked layer",
-    ),
+    hypotheses={
+        "random masks": "Bernoulli masks, independent of the Gaussian weights",
+        "dense first layer": "the first layer is not masked",
+        "gain": "1/√p in the forward pass of every masked layer",
+    },
     instances="MLPs with 2, 3 and 4 layers of weights, erf, p = 0.05, 0.2 and 0.5, widths 256 to "
     "1024 with 64 to 16 draws (p = 0.05: 192 to 48) of 16 outputs; 6 inputs with a masked first "
     "layer; inputs ±1 with d up to 512",
@@ -53,10 +46,7 @@ STATEMENT = Statement(
     source="theory E2; Jacot et al. 2018; networks in float32, limits in float64",
 )
 
-WEIGHT_STD, BIAS_STD = 2.0**0.5, 0.1
 POINTS = 5
-OUTPUTS = 16
-"""Logits of each network: as many kernels Θ^aa, whose errors together fluctuate less than one's."""
 GROUPS = 16
 """Groups of draws; the root mean square error of each gives one slope."""
 RISK = 1e-3
@@ -64,92 +54,6 @@ RISK = 1e-3
 
 
 # ---------------------------------------------------------------- finite networks
-
-
-class Shapes(NamedTuple):
-    """An MLP without its weights: function, and (inputs, outputs) of each layer by name."""
-
-    apply: ApplyFn
-    layers: tuple[tuple[str, int, int], ...]
-
-
-class Masks(NamedTuple):
-    """Of each layer: a weight is kept with probability `density` if |w| > `cut`; γ = `gain`."""
-
-    density: Any
-    cut: Any
-    gain: Any
-
-
-def random_masks(densities: Any, *, gain: bool = True) -> Masks:
-    """Random masks with γ = 1/√p, or 1."""
-    p = np.asarray(densities, float)
-    return Masks(p, np.full_like(p, -1), p**-0.5 if gain else np.ones_like(p))
-
-
-def mlp(
-    width: int, depth: int, inputs: int, activation: str, *, bias_std: float = BIAS_STD
-) -> Shapes:
-    """`depth` layers of weights, in NTK parametrisation; nothing is drawn."""
-    config = config_of(width, depth, activation, bias_std=bias_std)
-    found = []
-
-    def build(key: Key) -> Any:
-        network = models.build(config, (inputs,), OUTPUTS, key)
-        found.append(network.apply)
-        return network.params
-
-    like = jax.eval_shape(build, jax.random.key(0))
-    return Shapes(found[0], tuple((name, *like[name]["kernel"].shape) for name in sorted(like)))
-
-
-def config_of(
-    width: int, depth: int, activation: str, *, bias_std: float = BIAS_STD
-) -> ModelConfig:
-    """The same as the package's settings."""
-    return ModelConfig(
-        widths=(width,) * (depth - 1),
-        activation=activation,
-        parametrization="ntk",
-        weight_std=WEIGHT_STD,
-        bias_std=bias_std,
-    )
-
-
-def draw(shapes: Shapes, key: Key, masks: Masks) -> Ticket:
-    """Weights and biases N(0, 1), masks and gains, in the precision of the gains."""
-    params, mask, gain = {}, {}, {}
-    for index, (name, *sizes) in enumerate(shapes.layers):
-        keys = jax.random.split(jax.random.fold_in(key, index), 3)
-        dtype = masks.gain.dtype
-        w = jax.random.normal(keys[0], sizes, dtype)
-        b = jax.random.normal(keys[1], sizes[1:], dtype)
-        kept = jax.random.uniform(keys[2], sizes, dtype) < masks.density[index]
-        kept = jnp.logical_and(kept, jnp.abs(w) > masks.cut[index])
-        params[name] = {"kernel": w, "bias": b}
-        mask[name] = {"kernel": kept, "bias": jnp.ones_like(b, bool)}
-        gain[name] = {"kernel": masks.gain[index], "bias": jnp.ones((), dtype)}
-    return Ticket(params, mask, gain)
-
-
-@partial(jax.jit, static_argnames="shapes")
-def _kernels(shapes: Shapes, x: jax.Array, keys: Key, masks: Masks) -> jax.Array:
-    def one(key: Key) -> jax.Array:
-        params, mask, gain = draw(shapes, key, masks)
-        found = empirical(shapes.apply, params, x, mask=mask, gain=gain, outputs="diagonal")
-        return found.transpose(2, 0, 1)
-
-    return jax.lax.map(one, keys)
-
-
-def in_float32(masks: Masks) -> Masks:
-    """For networks whose rounding (1e-6) is far below the differences between draws (1e-2)."""
-    return Masks(*(jnp.asarray(part, jnp.float32) for part in masks))
-
-
-def drawn_kernels(shapes: Shapes, x: np.ndarray, masks: Masks, keys: Key) -> np.ndarray:
-    """Masked tangent kernels Θ^aa of drawn networks, in float32, [draws, outputs, N, N]."""
-    return np.asarray(_kernels(shapes, jnp.asarray(x, jnp.float32), keys, in_float32(masks)), float)
 
 
 # ---------------------------------------------------------------- limits in NumPy
@@ -273,7 +177,7 @@ def check(context: Context) -> Outcome:
     x = context.rng(1).normal(size=(POINTS, 6))
     key = jax.random.key(context.seed)
     widths = plan.widths
-    cases, controls, panels = [], [], []
+    check = Recorder(STATEMENT)
     for step, depth in enumerate(plan.depths):
         expected = dense_limit(x, depth)
         networks = [mlp(width, depth, x.shape[1], "erf") for width in widths]
@@ -294,48 +198,50 @@ def check(context: Context) -> Outcome:
                 by_library = analytic.network(
                     config_of(8, depth, "erf"), x.shape[1:], 1, density=tuple(masks.density)
                 ).kernel_fn(jnp.asarray(x))
-                cases.append(
-                    close(
-                        f"{name}: library's limit is the dense one",
-                        by_library.ntk,
-                        expected,
-                        tolerance=1e-10,
-                    )
-                )
+                limits = (by_library.ntk, expected)
+                check.close(f"{name}: library's limit is the dense one", *limits, tolerance=1e-10)
             found = kernels(10 * depth + index, masks)
             case, errors[p] = approaches(f"{name}: approaches it", widths, found, expected)
-            cases.append(case)
+            check.case(case)
             if depth == 2:  # every unit adds an independent term: no bias at any width
-                cases.append(_within(f"{name}: mean of the draws", found[-1], expected))
+                check.case(_within(f"{name}: mean of the draws", found[-1], expected))
             context.progress((step + (index + 1) / len(plan.densities)) / (len(plan.depths) + 1))
-        panels.append(_panel(f"{depth} layers, first one dense", widths, errors))
+        check.panel(_panel(f"{depth} layers, first one dense", widths, errors))
         p = 0.2
         if depth <= 3:
             found = kernels(10 * depth + 8, random_masks([p] * depth))
             name = f"{depth} layers, all masked, p = {p:g}"
             mixed = mixture_limit(x, depth, p)
-            cases.append(approaches(f"{name}: approaches the mixture", widths, found, mixed)[0])
+            check.case(approaches(f"{name}: approaches the mixture", widths, found, mixed)[0])
             wrong = approaches("slope", widths, found, expected)[0]
             if depth == 2:
-                cases.append(_within(f"{name}: mean of the draws", found[-1], mixed))
+                check.case(_within(f"{name}: mean of the draws", found[-1], mixed))
                 wrong = _within("mean of the draws", found[-1], expected)
-            controls.append(rejects(f"{name}, against the dense limit", wrong))
+            check.control(f"{name}, against the dense limit", wrong, breaks="dense first layer")
         if depth == plan.depths[0]:
             forgotten = kernels(10 * depth + 9, random_masks([1, *[p] * (depth - 1)], gain=False))
             wrong = approaches("slope", widths, forgotten, expected)[0]
-            controls.append(rejects(f"{depth} layers, p = {p:g}, without gain", wrong))
-    mixed_cases, mixed_controls = _mixtures(context, x)
-    cases += mixed_cases
-    controls += mixed_controls
-    signs, panel = _order(context)
-    cases.append(signs)
-    panels.append(panel)
-    return Outcome(cases, controls, panels)
+            name = f"{depth} layers, p = {p:g}"
+            check.control(f"{name}, without gain", wrong, breaks="gain")
+            largest = kernels(10 * depth + 7, largest_masks(p, depth))
+            wrong = approaches("slope", widths, largest, expected)[0]
+            name = f"{name}, masks that keep the largest weights and the energy"
+            check.control(name, wrong, breaks="random masks")
+    _mixtures(check, context, x)
+    check.panel(_order(check))
+    return check.outcome()
 
 
-def _mixtures(context: Context, x: np.ndarray) -> tuple[list[Case], list[Any]]:
+def largest_masks(p: float, depth: int) -> Masks:
+    """Above the first layer the weights of |w| > c, with the gain that keeps their energy."""
+    c = scipy.stats.norm.isf(p / 2)
+    gain = (p + 2 * c * scipy.stats.norm.pdf(c)) ** -0.5
+    above = depth - 1
+    return Masks(np.ones(depth), np.array([-1.0, *[c] * above]), np.array([1.0, *[gain] * above]))
+
+
+def _mixtures(check: Recorder, context: Context, x: np.ndarray) -> None:
     """The library's mixture, from drawn masks, against the mean over all masks."""
-    cases, controls = [], []
     samples, groups = context.pick(2048, 8192, 65536), 32
     for depth, p in context.pick([(2, 0.3)], [(3, 0.3)], [(3, 0.3), (4, 0.5)]):
         config = config_of(8, depth, "erf")
@@ -343,17 +249,12 @@ def _mixtures(context: Context, x: np.ndarray) -> tuple[list[Case], list[Any]]:
         found = mixed(jax.random.key(context.seed), jnp.asarray(x))
         mean, error = np.asarray(found.mean.ntk), np.asarray(found.error.ntk)
         name = f"{depth} layers, all masked, p = {p:g}: library's mixture"
-        cases.append(agrees(name, mean, mixture_limit(x, depth, p), error, groups - 1))
-        controls.append(
-            rejects(
-                f"{name} against the dense limit",
-                agrees("difference", mean, dense_limit(x, depth), error, groups - 1),
-            )
-        )
-    return cases, controls
+        check.case(agrees(name, mean, mixture_limit(x, depth, p), error, groups - 1))
+        case = agrees("difference", mean, dense_limit(x, depth), error, groups - 1)
+        check.control(f"{name} against the dense limit", case, breaks="dense first layer")
 
 
-def _order(context: Context) -> tuple[Case, Panel]:
+def _order(check: Recorder) -> Panel:
     """The mixture's distance from the dense limit against dp, for random inputs ±1."""
     sizes = np.array([64, 128, 256, 512])
     rows = {}
@@ -367,24 +268,18 @@ def _order(context: Context) -> tuple[Case, Panel]:
             dense = dense_limit(x, 2)[0]
             mixed = np.array([sign_mixture(int(k), int(d), p) for k in agree])
             rows[p].append(np.linalg.norm(mixed - dense) / np.linalg.norm(dense))
-    case = slope(
-        "distance of the mixture from the dense limit against d",
-        sizes,
-        list(rows.values()),
-        low=-1.15,
-        high=-0.85,
-    )
+    name = "distance of the mixture from the dense limit against d"
+    check.slope(name, sizes, list(rows.values()), low=-1.15, high=-0.85)
     lines = [Line(f"p = {p:g}", sizes * p, row) for p, row in rows.items()]
     reference = lines[0].y[0] * lines[0].x[0] / np.asarray(lines[-1].x)
     lines.append(Line("1/(dp)", lines[-1].x, reference, "reference"))
-    panel = Panel(
+    return Panel(
         "first layer masked",
         "kept inputs a unit dp",
         "distance from the dense limit, relative",
         lines,
         xscale="log",
     )
-    return case, panel
 
 
 def _panel(title: str, widths: Any, errors: dict[float, np.ndarray]) -> Panel:

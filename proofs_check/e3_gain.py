@@ -13,30 +13,32 @@ from ntk_awt.kernels import empirical
 from ntk_awt.masks import Ticket
 from ntk_awt.types import ApplyFn
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
-    close,
-    rejects,
 )
-from proofs_check.e2_depth import WEIGHT_STD, draw, in_float32, mlp, random_masks
+from proofs_check.instances.masked import WEIGHT_STD, draw, in_float32, mlp, random_masks
 
 STATEMENT = Statement(
     number="E3",
     title="Where the gain goes",
-    claim="a random mask keeps the kernel if its gain is in the forward pass; if it is baked into "
-    "the weights, the kernel is p times as large; without gain about p^L times (L layers)",
+    claim="in NTK parametrisation a random mask keeps the kernel if its gain is in the forward "
+    "pass; if it is baked into the weights, the kernel is p times as large; without gain about p^L "
+    "times (L layers)",
     formula="tr Θ^s/tr Θ^d = 1; p; p^L without biases and with all L layers masked. First layer "
     "dense: 1; (1 + (L−1)p)/L; p^{L−1}. With biases: the ratio of NTK' = kσ_w²T + σ_b² + "
     "eσ_w²ṪNTK, NNGP' = eσ_w²T + σ_b², with (e, k) = (1, 1); (1, p); (p, p) in masked layers",
-    hypotheses=(
-        "ReLU, NTK parametrisation, random masks of one density p",
-        "the factors p and p^L: no biases (their terms are not masked)",
-    ),
+    hypotheses={
+        "ReLU": "positively homogeneous of degree 1, with T half the variance",
+        "random masks": "of one density p, independent of the weights",
+        "no biases": "for the factors p and p^L: the biases' terms are not masked",
+    },
     instances="3-layer ReLU MLPs of width 1500 with p = 0.2, 12 seeds: all layers masked without "
     "and with biases, first layer dense",
     rule="the mean ratio over seeds equals the expected one within standard errors; without gain "
@@ -104,13 +106,24 @@ class Measured(NamedTuple):
 
 
 def _measure(
-    width: int, density: float, seeds: int, x: jax.Array, key: jax.Array
+    width: int,
+    density: float,
+    seeds: int,
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    activation: str = "relu",
+    cut: float | None = None,
 ) -> dict[Setting, Measured]:
-    shapes = mlp(width, LAYERS, INPUTS, "relu", bias_std=BIAS_STD)
+    """`cut`: masks keep the weights |w| > cut in place of random ones."""
+    shapes = mlp(width, LAYERS, INPUTS, activation, bias_std=BIAS_STD)
     rows: dict[Setting, list[list[float]]] = {setting: [] for setting in SETTINGS}
-    random = in_float32(random_masks([density] * LAYERS))
+    drawn = random_masks([density] * LAYERS)
+    if cut is not None:
+        drawn = drawn._replace(density=np.ones(LAYERS), cut=np.full(LAYERS, cut))
+    drawn = in_float32(drawn)
     for seed in range(seeds):
-        params, mask, _ = _draw(shapes, jax.random.fold_in(key, seed), random)
+        params, mask, _ = _draw(shapes, jax.random.fold_in(key, seed), drawn)
         dense = masks.dense(params)
         without_first = mask | {"dense1": dense.mask["dense1"]}
         tickets = {
@@ -194,45 +207,42 @@ def check(context: Context) -> Outcome:
     key = jax.random.key(context.seed)
     found = _measure(width, density, seeds, jnp.asarray(x, jnp.float32), key)
     context.progress(0.9)
-    cases, controls = [], []
+    check = Recorder(STATEMENT)
     for setting, measured in found.items():
         for place, traces in measured.sparse.items():
             ratios = traces / measured.dense
             expected = predicted(squares, setting, density, place)
             name = f"{setting.name}: gain in the {place}".replace("in the nowhere", "nowhere")
-            cases.append(_within(name, ratios, expected))
+            check.case(_within(name, ratios, expected))
             if not setting.biases:
                 simple = SIMPLE[place](density, setting)
-                cases.append(
-                    close(f"{name}: closed form {simple:.4g}", expected, simple, tolerance=1e-12)
-                )
+                check.close(f"{name}: closed form {simple:.4g}", expected, simple, tolerance=1e-12)
             for other in PLACES:
                 wrong = predicted(squares, setting, density, other)
                 if other != place:
-                    controls.append(
-                        rejects(
-                            f"{name}, against the ratio of {other}", _within("ratio", ratios, wrong)
-                        )
-                    )
+                    case = _within("ratio", ratios, wrong)
+                    check.control(f"{name}, against the ratio of {other}", case, breaks=FORMULA)
         if not setting.biases:
-            cases.append(
-                close(
-                    f"{setting.name}: without gain, exactly Π γ^−2 of it",
-                    measured.sparse["nowhere"],
-                    measured.lost * measured.sparse["forward pass"],
-                    tolerance=1e-4,
-                )
+            check.close(
+                f"{setting.name}: without gain, exactly Π γ^−2 of it",
+                measured.sparse["nowhere"],
+                measured.lost * measured.sparse["forward pass"],
+                tolerance=1e-4,
             )
-    with_biases = found[SETTINGS[1]]
-    controls.append(
-        rejects(
-            "p³ where there are biases",
-            _within(
-                "ratio", with_biases.sparse["nowhere"] / with_biases.dense, density**LAYERS
-            ),
-        )
-    )  # fmt: skip
-    return Outcome(cases, controls, [_panel(found[SETTINGS[0]], density)])
+
+    def ratio(traces: Measured, place: str, expected: float) -> Case:
+        return _within("ratio", traces.sparse[place] / traces.dense, expected)
+
+    case = ratio(found[SETTINGS[1]], "nowhere", density**LAYERS)
+    check.control("p³ where there are biases", case, breaks="no biases")
+    plain = partial(_measure, width, density, seeds, jnp.asarray(x, jnp.float32), key)
+    largest = plain(cut=float(scipy.stats.norm.isf(density / 2)))[SETTINGS[0]]
+    case = ratio(largest, "forward pass", 1.0)
+    check.control("masks that keep the largest weights", case, breaks="random masks")
+    case = ratio(plain(activation="erf")[SETTINGS[0]], "nowhere", density**LAYERS)
+    check.control("erf", case, breaks="ReLU")
+    check.panel(_panel(found[SETTINGS[0]], density))
+    return check.outcome()
 
 
 def _panel(measured: Measured, density: float) -> Panel:

@@ -10,22 +10,23 @@ import scipy.stats
 
 from ntk_awt.kernels import analytic
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
     close,
-    rejects,
     slope,
 )
-from proofs_check.e2_depth import (
+from proofs_check.instances.masked import (
     BIAS_STD,
     WEIGHT_STD,
     Masks,
+    Shapes,
     config_of,
     drawn_kernels,
     mlp,
@@ -34,15 +35,17 @@ from proofs_check.e2_depth import (
 STATEMENT = Statement(
     number="E4",
     title="Magnitude pruning, analytic",
-    claim="keeping the largest weights of each layer, with the gain 1/√s that keeps the energy, "
-    "leaves the covariance as it is and shrinks each layer's own term in the kernel to p/s",
+    claim="in NTK parametrisation keeping the largest weights of each layer, with the gain 1/√s "
+    "that keeps the energy, leaves the covariance as it is and shrinks each layer's own term in "
+    "the kernel to p/s",
     formula="s(p) = 2[cφ(c) + Φ(−c)] with p = 2Φ(−c); NNGP' = σ_w²T + σ_b², "
     "NTK' = (p/s)σ_w²T + σ_b² + σ_w²Ṫ·NTK; random masks s = p, no mask p = s = 1",
-    hypotheses=(
-        "NTK parametrisation, Gaussian weights, first layer dense, biases not masked",
-        "gain 1/√s in the forward pass",
-        "the fan-in that is kept, np, is large",
-    ),
+    hypotheses={
+        "magnitude": "each layer keeps its largest Gaussian weights",
+        "dense first layer": "the first layer is not masked",
+        "gain": "1/√s in the forward pass",
+        "wide": "the fan-in that is kept, np, is large",
+    },
     instances="3-layer ReLU MLPs, 16 outputs, 5 inputs, widths 256, 1024 and 4096, 10 draws: "
     "magnitude and random masks of p = 0.1 above the first layer (410 kept inputs at 4096), and "
     "no mask",
@@ -190,8 +193,9 @@ def check(context: Context) -> Outcome:
     networks = [mlp(width, DEPTH, INPUTS, "relu") for width in widths]
     pruned = magnitude(p)
     kinds = (pruned, random(p), random(1.0))
-    cases = _moments((p, 0.01, 0.9))
-    controls: list[Control] = []
+    wanted = limit(x, _ratios(pruned))
+    check = Recorder(STATEMENT)
+    check.case(*_moments((p, 0.01, 0.9)))
     lines = []
     for index, kind in enumerate(kinds):
         expected = limit(x, _ratios(kind))
@@ -201,51 +205,46 @@ def check(context: Context) -> Outcome:
             found.append(drawn_kernels(network, x, kind.masks(), keys))
             context.progress((index + (step + 1) / len(widths)) / (len(kinds) + 1))
         errors = _errors(found, expected)
-        cases += [
+        check.case(
             _library(kind, x),
             _mean_is_near(f"{kind.name}: mean at width {widths[-1]}", found[-1], expected),
             slope(f"{kind.name}: shrinks with the width", widths, errors, **RATE),
-        ]
+        )
         lines.append(Line(kind.name, widths, errors.mean(0)))
         if kind is pruned:
             dense = limit(x, [1.0] * DEPTH)
-            controls += [
-                rejects(
-                    "the random mask's formula, s = p",
-                    _mean_is_near("mean", found[-1], dense),
-                ),
-                rejects(
-                    "the random mask's formula: rate",
-                    slope("errors", widths, _errors(found, dense), **RATE),
-                ),
-            ]
+            name, case = "the random mask's formula, s = p", _mean_is_near("mean", found[-1], dense)
+            check.control(name, case, breaks=FORMULA)
+            case = slope("errors", widths, _errors(found, dense), **RATE)
+            check.control("the random mask's formula: rate", case, breaks=FORMULA)
         elif kind.p < 1:
-            wrong = limit(x, _ratios(pruned))
-            controls.append(
-                rejects(
-                    "the magnitude mask's formula for a random one",
-                    _mean_is_near("mean", found[-1], wrong),
-                )
-            )
-    keys = jax.random.split(jax.random.fold_in(key, 100), draws)
-    gained = drawn_kernels(networks[0], x, pruned.masks(p**-0.5), keys)
+            case = _mean_is_near("mean", found[-1], wanted)
+            name = "the magnitude mask's formula for a random one"
+            check.control(name, case, breaks="magnitude")
+
+    def drawn(label: int, masks: Masks, network: Shapes = networks[0]) -> np.ndarray:
+        keys = jax.random.split(jax.random.fold_in(key, label), draws)
+        return drawn_kernels(network, x, masks, keys)
+
+    gained = drawn(100, pruned.masks(p**-0.5))
+    check.control("gain 1/√p for 1/√s", _mean_is_near("mean", gained, wanted), breaks="gain")
     excess = [1.0, *[pruned.s / p] * (DEPTH - 1)]
-    controls.append(
-        rejects(
-            "gain 1/√p for 1/√s", _mean_is_near("mean", gained, limit(x, _ratios(pruned)))
-        )
-    )  # fmt: skip
-    cases.append(
-        _mean_is_near(
-            f"gain 1/√p for 1/√s: {pruned.s / p:.2f} times the energy a layer, width {widths[0]}",
-            gained,
-            limit(x, _ratios(pruned), excess),
-        )
-    )
+    name = f"gain 1/√p for 1/√s: {pruned.s / p:.2f} times the energy a layer, width {widths[0]}"
+    check.case(_mean_is_near(name, gained, limit(x, _ratios(pruned), excess)))
+    everywhere = Masks(*(np.full(DEPTH, part[-1]) for part in pruned.masks()))
+    case = _mean_is_near("mean", drawn(101, everywhere), wanted)
+    check.control("first layer masked too", case, breaks="dense first layer")
+    few = [magnitude(8 / width) for width in widths[:2]]
+    narrow = [
+        _errors([drawn(102 + i, kind.masks(), networks[i])], limit(x, _ratios(kind)))
+        for i, kind in enumerate(few)
+    ]
+    case = slope("errors", widths[:2], np.concatenate(narrow, axis=1), **RATE)
+    check.control("eight kept inputs a unit at every width", case, breaks="wide")
     first = lines[0].y[0]
     falling = first * np.sqrt(widths[0] / np.asarray(widths))
     lines.append(Line("n^{−1/2}", widths, falling, "reference"))
-    panels = [
+    check.panel(
         Panel(
             f"{DEPTH} layers, first one dense",
             "width n [units]",
@@ -254,8 +253,8 @@ def check(context: Context) -> Outcome:
             xscale="log",
         ),
         _moment_panel(),
-    ]
-    return Outcome(cases, controls, panels)
+    )
+    return check.outcome()
 
 
 def _moment_panel() -> Panel:

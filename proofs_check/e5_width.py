@@ -1,7 +1,7 @@
 """E5: a width from which on a random mask keeps the dynamics, and a ticket that needs far less."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,20 +17,19 @@ from ntk_awt.theory.dynamics.existence import gap_bound, sufficient_width
 from ntk_awt.theory.dynamics.preservation import Frozen, prior_gap
 from ntk_awt.threats import Linf
 from ntk_awt.types import Params
-from proofs_check import e1_concentration as e1
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
     close,
-    refuses,
-    rejects,
 )
+from proofs_check.instances import two_layer
 
 STATEMENT = Statement(
     number="E5",
@@ -40,11 +39,13 @@ STATEMENT = Statement(
     formula="n* = ⌈½ ln(N(N+1)/δ)·((1+R²)·T·r_0/(p·τ))²⌉ for a mask of the same network; with "
     "independent ones α√n = (1+R²)(1+1/p)√(2 ln(2N(N+1)/δ)), n* = ⌈(T·α√n·r_0/τ)²⌉; for T = ∞ the "
     "horizon is N/(λ_min(Θ^∞) − Nα_d)",
-    hypotheses=(
-        "masked units (masked weights have another limit), gain 1/√p, the two layers of E1",
-        "frozen kernels, squared loss, gradient flow",
-        "centred networks f − f_0, or starts that coincide: else β² → 2(1 − √p) E φ² at any width",
-    ),
+    hypotheses={
+        "masked units": "not weights, whose limit is another kernel; two layers as in E1",
+        "gain": "gain 1/√p",
+        "frozen": "gradient flow of the squared loss with frozen kernels",
+        "centred": "f − f_0, or starts that coincide: else β² → 2(1 − √p) E φ² at any width",
+        "wide": "a width of n* or more",
+    },
     instances="sin, R² = 1; N = 6, T = 1, δ = 0.1, p = 0.1: masks of the same network (τ = 0.06) "
     "and independent networks (τ = 0.3); N = 2, T = ∞, p = 0.2, τ = 0.2; 200 draws each; 3 "
     "tickets of width 100, which match the outputs as well",
@@ -91,7 +92,7 @@ class Setting:
         """λ_min(Θ^∞), which an infinite horizon needs; else 0, for unknown."""
         if math.isfinite(self.horizon):
             return 0.0
-        return float(np.linalg.eigvalsh(e1.dense_limit(ACTIVATION, self.x))[0])
+        return float(np.linalg.eigvalsh(two_layer.dense_limit(ACTIVATION, self.x))[0])
 
     @property
     def times(self) -> np.ndarray:
@@ -142,7 +143,7 @@ class Drawn(NamedTuple):
 def _features(x: np.ndarray, rng: np.random.Generator, shape: tuple[int, int]) -> Any:
     """φ, φ' [*shape, N], and the signs a_j [*shape, 1] of drawn units."""
     u = rng.normal(size=(*shape, x.shape[1])) @ x.T / np.sqrt(x.shape[1])
-    act = e1.ACTIVATIONS[ACTIVATION]
+    act = two_layer.ACTIVATIONS[ACTIVATION]
     signs = 2.0 * rng.integers(0, 2, size=(*shape, 1)) - 1
     return act.value(u), act.slope(u), signs
 
@@ -215,7 +216,7 @@ def prior_bounds(setting: Setting, dense: Drawn, sparse: Drawn) -> np.ndarray:
 
 def _quantile(worst: np.ndarray, delta: float) -> np.ndarray:
     """What all but the share δ of the draws stay below, [widths]."""
-    return e1.quantiles(worst, (delta,))[0]
+    return two_layer.quantiles(worst, (delta,))[0]
 
 
 def _keeps(name: str, worst: np.ndarray, setting: Setting) -> Case:
@@ -315,7 +316,7 @@ def ticket_gaps(
 def _settings(context: Context) -> list[Setting]:
     rng = context.rng(1)
     y = np.array([1.0, -1.0] * 3)
-    x = y[:, None] * e1.inputs(rng, 6, 4, 1.0)  # two classes around ± a common mean
+    x = y[:, None] * two_layer.inputs(rng, 6, 4, 1.0)  # two classes around ± a common mean
     shared = Setting("mask of the same network", x, y, 0.06, 1.0)
     if context.size == "reduced":
         return [Setting("mask of the same network", x, y, 0.06, 1.0, density=0.2)]
@@ -331,7 +332,7 @@ def check(context: Context) -> Outcome:
     """Simulation at n* and below it, and the ticket at a small width."""
     draws = context.pick(64, 200, 1000)
     rng = context.rng(2)
-    cases, controls, panels = [], [], []
+    check = Recorder(STATEMENT)
     settings = _settings(context)
     for done, setting in enumerate(settings):
         stated = stated_width(setting)
@@ -344,25 +345,26 @@ def check(context: Context) -> Outcome:
         quantile = _quantile(worst, setting.delta)
         enough = _smallest_width(widths, quantile, setting.tolerance)
         name = setting.name
-        cases += [
-            close(f"{name}: library's n* = {library}", library, stated, tolerance=1e-15),
-            close(f"{name}: library's bound at n* is τ", setting.library(gap_bound, stated),
-                  setting.tolerance, tolerance=2 / stated),
-            below(f"{name}: gap of every draw and width against P3 (a)", worst, bounds),
-            below(f"{name}: P3 (a) at n*, all but δ of the draws",
-                  _quantile(bounds[:, -1:], setting.delta), setting.tolerance),
+        check.close(f"{name}: library's n* = {library}", library, stated, tolerance=1e-15)
+        check.close(
+            f"{name}: library's bound at n* is τ",
+            setting.library(gap_bound, stated),
+            setting.tolerance,
+            tolerance=2 / stated,
+        )
+        check.below(f"{name}: gap of every draw and width against P3 (a)", worst, bounds)
+        check.case(
+            _keeps(f"{name}: P3 (a) at n*, all but δ of the draws", bounds[:, -1:], setting),
             _keeps(f"{name}: gap at n*, all but δ of the draws", worst[:, -1:], setting),
-            below(f"{name}: smallest width that does", enough, stated),
-        ]  # fmt: skip
-        panels.append(_width_panel(setting, widths, quantile))
+        )
+        check.below(f"{name}: smallest width that does", enough, stated)
+        check.panel(_width_panel(setting, widths, quantile))
         if done == 0:
-            cases.append(_library_gap(setting, dense, sparse, found))
-            tickets_found = _tickets(context, setting, rng, draws, (widths, quantile))
-            cases += tickets_found.cases
-            controls += [*_controls(setting, rng, draws), *tickets_found.controls]
-            panels += tickets_found.panels
+            check.case(_library_gap(setting, dense, sparse, found))
+            _tickets(check, context, setting, rng, draws, (widths, quantile))
+            _controls(check, setting, rng, draws)
         context.progress((done + 1) / len(settings))
-    return Outcome(cases, controls, panels)
+    return check.outcome()
 
 
 def _library_gap(setting: Setting, dense: Drawn, sparse: Drawn, found: np.ndarray) -> Case:
@@ -376,7 +378,7 @@ def _library_gap(setting: Setting, dense: Drawn, sparse: Drawn, found: np.ndarra
 
 def _initial_gap(setting: Setting, dense: Drawn, sparse: Drawn) -> Case:
     """β² = 2(1 − √p)·mean E φ² for independent signs, at every width."""
-    products, _ = e1.ACTIVATIONS[ACTIVATION].expectations(1.0, 1.0, 1.0)
+    products, _ = two_layer.ACTIVATIONS[ACTIVATION].expectations(1.0, 1.0, 1.0)
     squares = ((dense.outputs - sparse.outputs) ** 2).mean(-1).ravel()
     expected = 2 * (1 - np.sqrt(setting.density)) * float(products)
     error = squares.std(ddof=1) / np.sqrt(len(squares))
@@ -385,42 +387,41 @@ def _initial_gap(setting: Setting, dense: Drawn, sparse: Drawn) -> Case:
     return case._replace(measured=found, tightness=None)
 
 
-def _controls(setting: Setting, rng: np.random.Generator, draws: int) -> list[Control]:
+def _controls(check: Recorder, setting: Setting, rng: np.random.Generator, draws: int) -> None:
     fewer, wide = stated_width(setting) - 1, 4096
-    sparse_setting = Setting(setting.name, setting.x, setting.y, setting.tolerance,
-                             setting.horizon, density=0.002)  # fmt: skip
+    sparse_setting = replace(setting, density=0.002)
     without = stated_width(sparse_setting, inverse_density=1.0)
 
-    def worst(at: Setting, width: int, *, centred: bool = True, gain: bool = True) -> np.ndarray:
-        pair = simulate(at, rng, draws, [width], gain=gain)
-        return gaps(*pair, at.y, at.times, centred=centred).max(-1)
+    def keeps(
+        name: str, at: Setting, width: int, *, centred: bool = True, gain: bool = True,
+        drift: float = 1.0,
+    ) -> Case:  # fmt: skip
+        dense, sparse = simulate(at, rng, draws, [width], gain=gain)
+        moved = sparse._replace(kernels=drift * sparse.kernels)
+        return _keeps(name, gaps(dense, moved, at.y, at.times, centred=centred).max(-1), at)
 
-    return [
-        rejects(
-            "n* without 1/p", _keeps("p = 0.002", worst(sparse_setting, without), sparse_setting)
-        ),
-        rejects(
-            "one unit less than n*",
-            below("library's bound", setting.library(gap_bound, fewer), setting.tolerance),
-        ),
-        rejects(
-            "networks that are not centred",
-            _keeps(f"β > 0, width {wide}", worst(setting, wide, centred=False), setting),
-        ),
-        rejects("no gain", _keeps(f"width {wide}", worst(setting, wide, gain=False), setting)),
-        rejects("masked weights in place of units", _masked_weights(setting)),
-        refuses(
-            "τ below the initial gap",
-            lambda: sufficient_width(0.1, 1.0, 0.1, 0.1, 6, radius2=1.0, residual=1.0,
-                                     initial_gap=0.5),
-        ),
-    ]  # fmt: skip
+    name, case = "n* without 1/p", keeps("p = 0.002", sparse_setting, without)
+    check.control(name, case, breaks=FORMULA)
+    case = below("library's bound", setting.library(gap_bound, fewer), setting.tolerance)
+    check.control("one unit less than n*", case, breaks="wide")
+    case = keeps(f"β > 0, width {wide}", setting, wide, centred=False)
+    check.control("networks that are not centred", case, breaks="centred")
+    check.control("no gain", keeps(f"width {wide}", setting, wide, gain=False), breaks="gain")
+    name = "masked weights in place of units"
+    check.control(name, _masked_weights(setting), breaks="masked units")
+    check.control(
+        "τ below the initial gap",
+        lambda: sufficient_width(0.1, 1.0, 0.1, 0.1, 6, radius2=1.0, residual=1.0, initial_gap=0.5),
+        breaks="centred",
+    )
+    case = keeps(f"width {wide}", setting, wide, drift=1.5)
+    check.control("a sparse kernel that has grown by a half", case, breaks="frozen")
 
 
 def _masked_weights(setting: Setting) -> Case:
     """Infinitely wide: the limit of masked weights is another kernel than the dense one."""
-    mixed = e1.Setting(ACTIVATION, "weights", setting.density, setting.x)
-    limits = [e1.dense_limit(ACTIVATION, setting.x), e1.limit(mixed)]
+    mixed = two_layer.Setting(ACTIVATION, "weights", setting.density, setting.x)
+    limits = [two_layer.dense_limit(ACTIVATION, setting.x), two_layer.limit(mixed)]
     nothing = np.zeros((1, 1, len(setting.x)))
     pair = [Drawn(kernel[None, None], nothing) for kernel in limits]
     worst = gaps(pair[0], pair[1], setting.y, setting.times).max(-1)
@@ -428,8 +429,13 @@ def _masked_weights(setting: Setting) -> Case:
 
 
 def _tickets(
-    context: Context, setting: Setting, rng: np.random.Generator, draws: int, masked: Any
-) -> Outcome:
+    check: Recorder,
+    context: Context,
+    setting: Setting,
+    rng: np.random.Generator,
+    draws: int,
+    masked: Any,
+) -> None:
     """Optimised tickets at a width at which random masks fail.
 
     `masked`: widths, and the gap that all but δ of the random masks stay below.
@@ -443,25 +449,13 @@ def _tickets(
         key = jax.random.fold_in(jax.random.key(context.seed), index)
         found.append(ticket_gaps(setting, _start(setting, rng, width), steps, key))
     starts, ends = (np.array(part) for part in zip(*found, strict=True))
-    cases = [
-        below(
-            f"optimised tickets of width {width}, {stated / width:.0f} times below n*",
-            ends.max(1),
-            setting.tolerance,
-        ),
-        below(
-            "their width, against one at which random masks just reach their gap, or not yet",
-            width,
-            _smallest_width(masked[0], masked[1], float(ends.max())),
-        ),
-        _initial_gap(setting, dense, sparse),
-    ]
-    controls = [
-        rejects(
-            f"random masks of width {width}",
-            _keeps("gap, all but δ of the draws", random.max(-1)[:, None], setting),
-        )
-    ]
+    name = f"optimised tickets of width {width}, {stated / width:.0f} times below n*"
+    check.below(name, ends.max(1), setting.tolerance)
+    name = "their width, against one at which random masks just reach their gap, or not yet"
+    check.below(name, width, _smallest_width(masked[0], masked[1], float(ends.max())))
+    check.case(_initial_gap(setting, dense, sparse))
+    case = _keeps("gap, all but δ of the draws", random.max(-1)[:, None], setting)
+    check.control(f"random masks of width {width}", case, breaks="wide")
     lines = [
         Line(f"random masks, {1 - setting.delta:.0%} of draws", setting.times,
              np.quantile(random, 1 - setting.delta, axis=0)),
@@ -469,8 +463,8 @@ def _tickets(
         Line("optimised ticket", setting.times, ends[0]),
         Line("tolerance τ", setting.times, np.full(MOMENTS, setting.tolerance), "bound"),
     ]  # fmt: skip
-    panel = Panel(f"width {width}", "time t", "gap ‖f^d − f^s‖/√N [logits]", lines, yscale="linear")
-    return Outcome(cases, controls, [panel])
+    labels = ("time t", "gap ‖f^d − f^s‖/√N [logits]")
+    check.panel(Panel(f"width {width}", *labels, lines, yscale="linear"))
 
 
 def _width_panel(setting: Setting, widths: Any, quantile: np.ndarray) -> Panel:

@@ -16,7 +16,6 @@ One covariance, any priors: for every v of the set r(w) ≥ wᵀv, so no w has a
 which is a certificate: nobody has to trust its solver.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +25,15 @@ from scipy.special import ndtr
 
 from ntk_awt.theory import linear
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
-    below,
     close,
-    rejects,
 )
 from proofs_check.instances.linear import SIGNS, Array, dual, norm, strong_reach
 
@@ -45,10 +44,12 @@ STATEMENT = Statement(
     "w = μ, or ½ of a constant answer; so for δ < ‖μ‖ < ε no classifier is robust in the ordinary "
     "sense, and one is in the strong sense.",
     formula="min_{w,b} = min(½, Φ((ρ − ‖μ‖)/σ)), ρ = ε ordinary, ρ = min(ε, δ) strong",
-    hypotheses=(
-        "Σ = σ²I, equal priors, the signal along μ (closed form)",
-        "one positive definite Σ (certificate)",
-    ),
+    hypotheses={
+        "round": "Σ = σ²I (closed form)",
+        "equal priors": "of both classes (closed form)",
+        "signal along μ": "(closed form)",
+        "one covariance": "positive definite, of both classes (certificate)",
+    },
     instances="48 random (‖μ‖, σ, ε, δ) in 2 to 20 dimensions (240 with --full), a phase diagram "
     "of 10 × 10 cells (24 × 24), 30 problems in the plane with any covariances and priors (200), "
     "40 certificates in 5 to 39 dimensions (200)",
@@ -205,7 +206,7 @@ def _round(context: Context) -> Round:
     return Round(mean_norm, epsilon, delta, sigma, brute, library, cosine, random)
 
 
-def _phase(context: Context) -> tuple[list[Case], Panel]:
+def _phase(check: Recorder, context: Context) -> Panel:
     """The library's phase diagram, each optimum by its solver, against the closed form."""
     mean = np.array([0.9, -1.2, 0.0])
     steps = context.pick(5, 10, 24)
@@ -216,29 +217,22 @@ def _phase(context: Context) -> tuple[list[Case], Panel]:
     strong = _least(unit, unit * ratio, unit * ratio[:, None], sigma)
     ordinary = np.broadcast_to(_least(unit, unit * ratio, np.inf, sigma), strong.shape)
     phase = (ratio < 1).astype(int) + (np.minimum(ratio, ratio[:, None]) < 1)
-    cases = [
-        close(
-            f"phase diagram, {steps} × {steps} cells",
-            [found.ordinary, found.strong],
-            [ordinary, strong],
-            tolerance=1e-8,
-        ),
-        close("its phases", found.phase, phase, tolerance=1e-9),
-    ]
+    name, both = f"phase diagram, {steps} × {steps} cells", [found.ordinary, found.strong]
+    check.close(name, both, [ordinary, strong], tolerance=1e-8)
+    check.close("its phases", found.phase, phase, tolerance=1e-9)
     lines = [
         Line("ordinary against ε, numerical", ratio, found.ordinary[0]),
         Line("ordinary, closed form", ratio, ordinary[0], "reference"),
         Line("strong against δ, ε = 2‖μ‖, numerical", ratio, found.strong[:, -1]),
         Line("strong, closed form", ratio, strong[:, -1], "reference"),
     ]
-    panel = Panel(
+    return Panel(
         f"least robust error, ‖μ‖ = {unit / sigma:.2f} σ",
         "radius ε or δ [units of ‖μ‖]",
         "error [probability]",
         lines,
         yscale="linear",
     )
-    return cases, panel
 
 
 # ---------------------------------------------------------------- any covariance, any priors
@@ -299,13 +293,17 @@ def _plane(context: Context) -> Found:
     return found
 
 
-def _certificates(context: Context) -> list[Case]:
-    """In many dimensions, one covariance: the error below which the library's own v allows none."""
+def _certificates(context: Context, label: int, *, equal: bool = True) -> tuple[Any, ...]:
+    """In many dimensions: the error below which the library's own v allows none.
+
+    Returns:
+        Least errors by the library, the allowed ones, and how far each v is outside of the set.
+    """
     library, allowed, excess = [], [], []
-    for index in range(context.pick(10, 40, 200)):
-        rng = context.rng(4, index)
+    for index in range(context.pick(10, 40, 200) if equal else 2):
+        rng = context.rng(label, index)
         d = int(rng.integers(5, 40))
-        classes = _random_classes(d, True, rng)
+        classes = _random_classes(d, equal, rng)
         half = (classes.means[1] - classes.means[0]) / 2
         s = _random_set(index, half, rng)
         best = linear.best_classifier(classes.library(), s.library())
@@ -317,83 +315,75 @@ def _certificates(context: Context) -> list[Case]:
         beta = np.log(classes.priors[1] / classes.priors[0]) / (2 * t)
         allowed.append(classes.priors @ ndtr(-t + np.array([beta, -beta])))
         library.append(best.robust_error)
-    return [
-        close(f"certificates of {len(library)} optima", library, allowed, tolerance=1e-6),
-        below("their v lie in the set", 1 + np.array(excess), np.ones(len(excess))),
-    ]
+    return library, allowed, excess
+
+
+def _certified(library: list[float], allowed: list[float]) -> Case:
+    name = f"certificates of {len(library)} optima"
+    return close(name, library, allowed, tolerance=1e-6)
+
+
+def _other_classes(scale: tuple[float, float], prior: float) -> Case:
+    """The closed form where the classes are not round, or their priors not equal."""
+    covariance = np.broadcast_to(np.diag(np.square(scale)), (2, 2, 2))
+    means = SIGNS[:, None] * np.array([1.0, 1.0]) / np.sqrt(2)
+    classes = Classes(means, covariance, np.array([1 - prior, prior]))
+    found = _brute(classes, Set(0.4))
+    return close("least error", _least(1.0, 0.4, np.inf, scale[0]), found, tolerance=1e-6)
 
 
 def check(context: Context) -> Outcome:
     found = _round(context)
     closed, count = found.closed(), len(found.sigma)
     better = closed < 0.5 - 1e-9
-    phase_cases, panel = _phase(context)
     plane = _plane(context)
     middle = (found.delta < found.mean_norm) & (found.mean_norm < found.epsilon)
     library_closed = [
         linear.best_isotropic_error(found.mean_norm, found.epsilon, limit, found.sigma)
         for limit in (np.inf, found.delta)
     ]
-    cases = [
-        close(f"closed form against a search over w and b, {2 * count} problems",
-              closed, found.brute, tolerance=1e-6),
-        close("library's closed form", library_closed, closed, tolerance=1e-12),
-        close("library's optimum, in 2 to 20 dimensions", found.library, closed, tolerance=1e-8),
-        close("it lies at w = μ where it is better than a constant", found.cosine[better],
-              np.ones(int(better.sum())), tolerance=1e-6),
-        below("no random classifier has less", closed, found.random),
-        below("δ < ‖μ‖ < ε: every ordinary error is ½ or more", np.full(middle.sum(), 0.5),
-              found.random[0, middle]),
-        below("δ < ‖μ‖ < ε: the least strong error is below ½", found.brute[1, middle],
-              np.full(middle.sum(), 0.5)),
-        *phase_cases,
-        close("any covariances and priors in the plane, against brute force", plane.library,
-              plane.other, tolerance=1e-6),
-        close("the classifier has the error", plane.attained, plane.library, tolerance=1e-8),
-        *_certificates(context),
-    ]  # fmt: skip
+    check = Recorder(STATEMENT)
+    name = f"closed form against a search over w and b, {2 * count} problems"
+    check.close(name, closed, found.brute, tolerance=1e-6)
+    check.close("library's closed form", library_closed, closed, tolerance=1e-12)
+    name = "library's optimum, in 2 to 20 dimensions"
+    check.close(name, found.library, closed, tolerance=1e-8)
+    name, ones = "it lies at w = μ where it is better than a constant", np.ones(int(better.sum()))
+    check.close(name, found.cosine[better], ones, tolerance=1e-6)
+    check.below("no random classifier has less", closed, found.random)
+    halves = np.full(middle.sum(), 0.5)
+    name = "δ < ‖μ‖ < ε: every ordinary error is ½ or more"
+    check.below(name, halves, found.random[0, middle])
+    name = "δ < ‖μ‖ < ε: the least strong error is below ½"
+    check.below(name, found.brute[1, middle], halves)
+    check.panel(_phase(check, context))
+    name = "any covariances and priors in the plane, against brute force"
+    check.close(name, plane.library, plane.other, tolerance=1e-6)
+    check.close("the classifier has the error", plane.attained, plane.library, tolerance=1e-8)
+    library, allowed, excess = _certificates(context, 4)
+    check.case(_certified(library, allowed))
+    check.below("their v lie in the set", 1 + np.array(excess), np.ones(len(excess)))
 
-    def without(change: Callable[[Round], Array]) -> Case:
-        return close("closed form against a search", change(found), found.brute, tolerance=1e-6)
+    def without(name: str, changed: Array) -> None:
+        case = close("closed form against a search", changed, found.brute, tolerance=1e-6)
+        check.control(name, case, breaks=FORMULA)
 
+    m, e, d, sigma = found.mean_norm, found.epsilon, found.delta, found.sigma
+    name = "no constant answer: Φ((ε − ‖μ‖)/σ) also where it is above ½"
+    without(name, ndtr((np.stack([e, np.minimum(e, d)]) - m) / sigma))
+    without("δ and ε swapped", np.stack([_least(m, r, np.inf, sigma) for r in (d, e)]))
+    without("σ forgotten", np.stack([_least(m, e, limit, 1.0) for limit in (np.inf, d)]))
     across = linear.Strong(1.5, 0.5, [0.0, 1.0])
-    wrong_basis = linear.best_classifier(linear.symmetric([1.0, 0.0]), across).robust_error
-    controls = [
-        rejects(
-            "no constant answer: Φ((ε − ‖μ‖)/σ) also where it is above ½",
-            without(
-                lambda r: ndtr(
-                    (np.stack([r.epsilon, np.minimum(r.epsilon, r.delta)]) - r.mean_norm) / r.sigma
-                )
-            ),
-        ),
-        rejects(
-            "δ and ε swapped",
-            without(
-                lambda r: np.stack(
-                    [_least(r.mean_norm, e, np.inf, r.sigma) for e in (r.delta, r.epsilon)]
-                )
-            ),
-        ),
-        rejects(
-            "σ forgotten",
-            without(
-                lambda r: np.stack(
-                    [_least(r.mean_norm, r.epsilon, x, 1.0) for x in (np.inf, r.delta)]
-                )
-            ),
-        ),
-        rejects(
-            "a signal across μ",
-            close("least strong error", wrong_basis, _least(1.0, 1.5, 0.5, 1.0), tolerance=1e-6),
-        ),
-        rejects(
-            "the best classifier without an adversary",
-            close("error in the plane", plane.natural, plane.other, tolerance=1e-6),
-        ),
-        rejects(
-            "no bias, priors unequal",
-            close("error in the plane", plane.unbiased, plane.other, tolerance=1e-6),
-        ),
-    ]
-    return Outcome(cases, controls, [panel])
+    error = linear.best_classifier(linear.symmetric([1.0, 0.0]), across).robust_error
+    case = close("least strong error", error, _least(1.0, 1.5, 0.5, 1.0), tolerance=1e-6)
+    check.control("a signal across μ", case, breaks="signal along μ")
+    case = close("error in the plane", plane.natural, plane.other, tolerance=1e-6)
+    check.control("the best classifier without an adversary", case, breaks=FORMULA)
+    case = close("error in the plane", plane.unbiased, plane.other, tolerance=1e-6)
+    check.control("no bias, priors unequal", case, breaks="equal priors")
+    name = "the closed form, priors unequal"
+    check.control(name, _other_classes((1.0, 1.0), 0.7), breaks="equal priors")
+    check.control("the closed form, Σ not round", _other_classes((1.0, 0.5), 0.5), breaks="round")
+    case = _certified(*_certificates(context, 5, equal=False)[:2])
+    check.control("certificates with two covariances", case, breaks="one covariance")
+    return check.outcome()

@@ -18,22 +18,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
-from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
 from ntk_awt.theory import linear
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
-    close,
-    rejects,
 )
-from proofs_check.instances.linear import Array, deviation_panel, strong_reach, within
+from proofs_check.instances.linear import (
+    Array,
+    Rows,
+    deviation_panel,
+    exact_errors,
+    no_sine,
+    strong_reach,
+    within,
+)
 
 STATEMENT = Statement(
     number="L4",
@@ -42,7 +49,10 @@ STATEMENT = Statement(
     "L2 give at their w, and learned classifiers of five kinds the angle that the limit predicts.",
     formula="mean difference: cos²θ → ‖μ‖²/(‖μ‖² + σ²d/n); ridge: Marchenko–Pastur; SVM: Gaussian "
     "min-max theorem",
-    hypotheses=("classes N(±μ, σ²I), as many points of each", "d → ∞ with n/d fixed (angles)"),
+    hypotheses={
+        "round classes": "N(±μ, σ²I), as many points of each",
+        "high dimension": "d → ∞ with n/d fixed (angles)",
+    },
     instances="SVMs with hinge and squared hinge over n, d, ‖μ‖, C: 16 settings of 3 seeds, 1e5 "
     "fresh points each (5 seeds, 4e5 with --full); 7 learners at n/d = 2 and ½, d = 200 and 400 "
     "(400 and 800), 16 seeds (32)",
@@ -54,7 +64,6 @@ STATEMENT = Statement(
     "et al. 2019",
 )
 
-Rows = list[dict[str, Any]]
 
 KINDS = ("clean", "adversarial", "robust")
 
@@ -62,28 +71,8 @@ KINDS = ("clean", "adversarial", "robust")
 # ---------------------------------------------------------------- rates at the learned w
 
 
-def exact_errors(rows: Rows, reach: Callable[..., Any]) -> Array:
-    """Clean, adversarial and robust rate [rows, 3] from a row's angle and bias, ‖w‖ = σ = 1.
-
-    `reach` has the arguments ε, δ, |cos θ|, sin θ.
-    """
-    mean, c, b, epsilon, delta = (
-        np.array([row[key] for row in rows])
-        for key in ("mean_norm", "cosine", "bias", "epsilon", "delta")
-    )
-    r = reach(epsilon, delta, np.abs(c), np.sqrt(np.maximum(1 - c**2, 0)))
-    margins = [mean * c + y * b for y in (-1, 1)]
-    clean, robust = (np.mean([ndtr(loss - m) for m in margins], axis=0) for loss in (0.0, r))
-    return np.stack([clean, robust - clean, robust], axis=-1)
-
-
 def _ordinary(epsilon: Array, delta: Array, c: Array, s: Array) -> Array:
     return epsilon
-
-
-def no_sine(epsilon: Array, delta: Array, c: Array, s: Array) -> Any:
-    """L2's reach without its sin θ, a wrong formula."""
-    return np.where(epsilon * c <= delta, epsilon, delta * c + np.sqrt(epsilon**2 - delta**2))
 
 
 def _cases(context: Context) -> list[linear.SvmCase]:
@@ -227,9 +216,12 @@ def _angles(context: Context) -> Angles:
     return Angles(settings, found)
 
 
-def _finite_size(context: Context) -> Case:
-    """E cos θ of the mean difference, at small d, against the limit and its first correction."""
-    actual, allowed, rng = [], [], context.rng(3)
+def _finite_size(context: Context) -> tuple[Case, Case]:
+    """E cos θ of the mean difference, at small d, against the limit with its first correction.
+
+    The second case, a control, is without the correction.
+    """
+    actual, limit, allowed, rng = [], [], [], context.rng(3)
     draws = context.pick(100_000, 1_000_000, 10_000_000)
     for d in (20, 40, 80):
         for ratio, mean in ((0.5, 1.0), (2.0, 0.7), (4.0, 1.5)):
@@ -241,21 +233,37 @@ def _finite_size(context: Context) -> Case:
             s2 = 1 - c**2
             term = c * s2 * (0.5 - 0.75 * s2) / d
             actual.append(abs(cosine.mean() - c - term))
+            limit.append(abs(cosine.mean() - c))
             allowed.append(4 * scipy.stats.sem(cosine) + 1 / d**2)
     case = below("finite-size term of the mean difference", actual, allowed)
-    return case._replace(tightness=None)
+    return case._replace(tightness=None), below("limit at d of 20 to 80", limit, allowed)
+
+
+def _stretched(context: Context) -> Case:
+    """The mean difference's angle, of classes with one direction forty times as wide."""
+    s, rng = Setting(80, 40, 2.0, 1.0), context.rng(4)
+    y = np.repeat([-1.0, 1.0], s.n // 2)
+    cosines = []
+    for _ in range(16):
+        x = rng.standard_normal((s.n, s.d))
+        x[:, 1] *= 40.0
+        x[:, 0] += s.mean_norm * y
+        w = LEARNERS["mean difference"].train(x, y)
+        cosines.append(w[0] / np.linalg.norm(w))
+    angles = Angles([s], {"mean difference": np.array([cosines])})
+    return angles.case("mean difference", LEARNERS["mean difference"].predict)
 
 
 @threadpool_limits.wrap(limits=1)  # the matrices are small: more threads only wait
 def check(context: Context) -> Outcome:
     grid, angles = _grid(context), _angles(context)
     name = f"simulated rates of {len(grid.rows)} SVMs, {grid.samples:,} points each"
-    cases = [
-        within(name, grid.found, grid.library, grid.samples),
-        close("library's rates", grid.library, grid.restated, tolerance=1e-9),
-        *(angles.case(name, learner.predict) for name, learner in LEARNERS.items()),
-        _finite_size(context),
-    ]
+    check = Recorder(STATEMENT)
+    check.case(within(name, grid.found, grid.library, grid.samples))
+    check.close("library's rates", grid.library, grid.restated, tolerance=1e-9)
+    check.case(*(angles.case(name, learner.predict) for name, learner in LEARNERS.items()))
+    term, limit = _finite_size(context)
+    check.case(term)
     aligned = [row | {"cosine": 1.0} for row in grid.rows]
     wrong = {
         "sin θ left out": exact_errors(grid.rows, no_sine),
@@ -269,13 +277,13 @@ def check(context: Context) -> Outcome:
             grid.rows, lambda epsilon, delta, c, s: strong_reach(epsilon, delta, s, c)
         ),
     }
-    controls = [
-        rejects(name, within("strong rates", grid.found[1], rates, grid.samples))
-        for name, rates in wrong.items()
-    ]
-    controls += [
-        rejects(name, angles.case(learner, predict)) for name, (learner, predict) in WRONG.items()
-    ]
+    for name, rates in wrong.items():
+        case = within("strong rates", grid.found[1], rates, grid.samples)
+        check.control(name, case, breaks=FORMULA)
+    for name, (learner, predict) in WRONG.items():
+        check.control(name, angles.case(learner, predict), breaks=FORMULA)
+    check.control("small d without the finite-size term", limit, breaks="high dimension")
+    check.control("classes that are not round", _stretched(context), breaks="round classes")
     predicted = [
         np.array([learner.predict(s) for s in angles.settings]) for learner in LEARNERS.values()
     ]
@@ -291,6 +299,5 @@ def check(context: Context) -> Outcome:
         [*lines, Line("equal", ends, ends, "reference")],
         yscale="linear",
     )
-    return Outcome(
-        cases, controls, [deviation_panel(grid.found, grid.library, grid.samples), panel]
-    )
+    check.panel(deviation_panel(grid.found, grid.library, grid.samples), panel)
+    return check.outcome()

@@ -19,18 +19,18 @@ from threadpoolctl import threadpool_limits
 
 from ntk_awt.theory import linear
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
     close,
-    rejects,
 )
-from proofs_check.instances.linear import Array, strong_reach
-from proofs_check.l4_learned import Rows, exact_errors, no_sine
+from proofs_check.instances.linear import Array, Rows, exact_errors, no_sine, strong_reach
 
 STATEMENT = Statement(
     number="L5",
@@ -38,7 +38,11 @@ STATEMENT = Statement(
     claim="For δ < ‖μ‖ < ε no SVM is robust in the ordinary sense and the plain one is not strong-"
     "robust; the SVMs that know the signal are.",
     formula="strong-robust (error < ½) if and only if tan θ < (‖μ‖ − δ)/√(ε² − δ²)",
-    hypotheses=("classes N(±μ, I)", "the known direction is that of μ", "δ < ‖μ‖ < ε"),
+    hypotheses={
+        "round classes": "N(±μ, I)",
+        "knowledge": "the known direction is that of μ",
+        "radii": "δ < ‖μ‖ < ε",
+    },
     instances="plain, signal, penalised and robust SVM, d = 100, n/d from ½ to 8, 8 seeds "
     "(d = 200, n/d from ¼ to 16, 16 seeds with --full); errors exact at the learned w",
     rule="Student's 99.9 % interval of every mean strong robust error is below ½ with knowledge "
@@ -103,6 +107,21 @@ def _wrong_signal(context: Context, d: int, n: int, seeds: int) -> Array:
     return np.transpose(errors)
 
 
+def _stretched(context: Context, d: int) -> Case:
+    """Errors by angle and bias, of a random w and classes that are wider along one direction."""
+    w = context.rng(4).standard_normal(d) / np.sqrt(d) + np.eye(d)[0]
+    w /= np.linalg.norm(w)
+    mean, covariance = MEAN * np.eye(d)[0], np.diag(np.r_[4.0, np.ones(d - 1)])
+    classes = linear.Gaussians(
+        np.stack([-mean, mean]), np.stack([covariance] * 2), np.array([0.5, 0.5])
+    )
+    threat = linear.Strong(EPSILON, DELTA, np.eye(d)[0])
+    rates = linear.rates(linear.LinearClassifier(w), classes, threat)
+    row = {"mean_norm": MEAN, "cosine": w[0], "bias": 0.0, "epsilon": EPSILON, "delta": DELTA}
+    expected = exact_errors([row], strong_reach)[0]
+    return close("errors", [rates.clean, rates.adversarial, rates.robust], expected, tolerance=1e-9)
+
+
 @threadpool_limits.wrap(limits=1)  # the matrices are small: more threads only wait
 def check(context: Context) -> Outcome:
     d = context.pick(40, 100, 200)
@@ -142,37 +161,39 @@ def check(context: Context) -> Outcome:
     plain, low = errors["plain"], errors["plain"].mean(1) - _reach(errors["plain"])
     gap = np.abs(cosines["plain"].mean(1) - predicted)
     allowed = 3 * scipy.stats.sem(cosines["plain"], axis=1) + 2 / d
-    cases = [
-        close("library's errors", found, _restated(rows, strong_reach), tolerance=1e-9),
-        below("no method is robust in the ordinary sense: errors of ½ or more",
-              np.full(len(rows), 0.5), found[:, 1]),
-        below("no method is below the least strong error", np.full(len(rows), least), found[:, 2]),
-        below("the plain SVM is not strong-robust: errors above ½", np.full(low.shape, 0.5), low),
-        below("its predicted tan θ is too large", np.full(low.shape, turn), across / predicted),
+    check = Recorder(STATEMENT)
+    check.close("library's errors", found, _restated(rows, strong_reach), tolerance=1e-9)
+    halves, bound = np.full(len(rows), 0.5), np.full(len(rows), least)
+    name = "no method is robust in the ordinary sense: errors of ½ or more"
+    check.below(name, halves, found[:, 1])
+    check.below("no method is below the least strong error", bound, found[:, 2])
+    name = "the plain SVM is not strong-robust: errors above ½"
+    check.below(name, np.full(low.shape, 0.5), low)
+    name = "its predicted tan θ is too large"
+    check.below(name, np.full(low.shape, turn), across / predicted)
+    check.case(
         below("its angle is the predicted one", gap, allowed)._replace(tightness=None),
         *(_robust(f"the SVM with knowledge ({method})", errors[method]) for method in KNOWING),
-        close(f"strong-robust if and only if tan θ < {turn:.4f}", found[:, 2] < 0.5,
-              _tangents(rows) < turn, tolerance=1e-9),
-        close("the signal's SVM uses the signal alone", cosines["signal"], np.ones(plain.shape),
-              tolerance=1e-12),
-    ]  # fmt: skip
+    )
+    name, small = f"strong-robust if and only if tan θ < {turn:.4f}", _tangents(rows) < turn
+    check.close(name, found[:, 2] < 0.5, small, tolerance=1e-9)
+    name = "the signal's SVM uses the signal alone"
+    check.close(name, cosines["signal"], np.ones(plain.shape), tolerance=1e-12)
+
     few = max(4, seeds // 2)
     wide = experiment([setting(2 * d, 2 * MEAN, 1.2 * MEAN)], few, 0.1, 0.8, ("signal",))
-    small = experiment([setting(2 * d, 0.8 * MEAN, 0.3 * MEAN)], few, 0.1, 0.9, ("signal",))
-    ordinary = [row["ordinary_robust"] for row in small]
-    controls = [
-        rejects("no knowledge", _robust("plain SVM", plain)),
-        rejects("a wrong signal", _robust("SVM", _wrong_signal(context, d, 2 * d, few))),
-        rejects("δ > ‖μ‖", _robust("signal SVM", _select(wide, "signal", "strong_robust"))),
-        rejects(
-            "ε < ‖μ‖",
-            below("no method is robust in the ordinary sense", np.full(few, 0.5), ordinary),
-        ),
-        rejects(
-            "sin θ left out",
-            close("library's errors", found, _restated(rows, no_sine), tolerance=1e-9),
-        ),
-    ]
+    near = experiment([setting(2 * d, 0.8 * MEAN, 0.3 * MEAN)], few, 0.1, 0.9, ("signal",))
+    check.control("no knowledge", _robust("plain SVM", plain), breaks="knowledge")
+    case = _robust("SVM", _wrong_signal(context, d, 2 * d, few))
+    check.control("a wrong signal", case, breaks="knowledge")
+    case = _robust("signal SVM", _select(wide, "signal", "strong_robust"))
+    check.control("δ > ‖μ‖", case, breaks="radii")
+    ordinary = [row["ordinary_robust"] for row in near]
+    case = below("no method is robust in the ordinary sense", np.full(few, 0.5), ordinary)
+    check.control("ε < ‖μ‖", case, breaks="radii")
+    case = close("library's errors", found, _restated(rows, no_sine), tolerance=1e-9)
+    check.control("sin θ left out", case, breaks=FORMULA)
+    check.control("another covariance", _stretched(context, d), breaks="round classes")
     lines = [Line(method, ratios, values.mean(1)) for method, values in errors.items()]
     lines.append(Line("plain, predicted", ratios, expected, "reference"))
     lines.append(Line("least possible", ratios, np.full(len(ratios), least), "bound"))
@@ -184,4 +205,5 @@ def check(context: Context) -> Outcome:
         xscale="log",
         yscale="linear",
     )
-    return Outcome(cases, controls, [panel])
+    check.panel(panel)
+    return check.outcome()

@@ -28,16 +28,16 @@ from ntk_awt.robustness.accuracy import measure
 from ntk_awt.threats import L2, StrongL2, Threat
 from ntk_awt.types import Images, Params, Split
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
     close,
-    rejects,
 )
 from proofs_check.instances.linear import Array, strong_reach
 
@@ -49,7 +49,10 @@ STATEMENT = Statement(
     "than one trained under the L2 ball of the same radius.",
     formula="(a, b) → itself; radial if its a ≤ δ; else (δ, b) if b ≤ √(ε² − δ²); else the corner; "
     "a = ‖Uᵀv‖, b = ‖v − UUᵀv‖",
-    hypotheses=("an orthonormal U of the directions' span", "x lies in the pixel box"),
+    hypotheses={
+        "basis": "an orthonormal U of the directions' span",
+        "inside the box": "x lies in the pixel box",
+    },
     instances="7000 images of 64 pixels (70000 with --full), 168 of 9 pixels against SLSQP (840), "
     "18 linear networks under PGD (60); an MLP of 64 units on digits trained under both threats, 6 "
     "seeds, 12 epochs (12 seeds, 30 epochs)",
@@ -66,14 +69,6 @@ OPEN = (-4.0, 4.0)
 """A box that no point reaches."""
 
 Project = Callable[[StrongL2, Images, Images], Images]
-
-
-class Part(NamedTuple):
-    """What one part of the check found."""
-
-    cases: list[Case]
-    controls: list[Control]
-    panels: list[Panel]
 
 
 # ---------------------------------------------------------------- projections, right and wrong
@@ -213,7 +208,7 @@ def _nearest(name: str, points: Points, wanted: Array, project: Project, share: 
     return case._replace(tightness=None, measured=f"{measured}, allowed {share:g}")
 
 
-def _projection(context: Context) -> Part:
+def _projection(check: Recorder, context: Context) -> None:
     rng = context.rng(1)
     many = _draw_points(64, 9, context.pick(700, 7000, 70_000), rng)
     few = _draw_points(9, 2, context.pick(42, 168, 840), rng)
@@ -235,25 +230,26 @@ def _projection(context: Context) -> Part:
     kinds = len({tuple(column) for column in faces.T.tolist()})
     tests = f"{len(many.x)} images of 64 pixels: ball and signal without slack"
     within = f"nearest point in the box by SLSQP, {kinds} of 8 combinations of faces"
-    cases = [
+    check.case(
         _inside(tests, many, _library),
         _boxed("their pixels are in the box", many, _library),
         close("formula against SLSQP, no box", formula[: len(free)], free, tolerance=1e-5),
         _nearest("formula, no box", few, formula, _library, 1e-4),
         _nearest(within, few, solved, _library, 0.01),
         close("inside nothing moves", *_unmoved(many), tolerance=1e-15),
-    ]
-    controls = [
-        rejects("clipping alone", _inside("limits", many, _clipped)),
-        rejects("another basis", _inside("limits", many, _other_basis)),
-        rejects(
-            "ball, then signal", _nearest("formula", few, formula, _one_after_the_other, 1e-4)
-        ),
-        rejects("δ and ε swapped", _nearest("SLSQP", few, solved, _swapped, 0.01)),
-        rejects("the box forgotten", _boxed(
-            "pixels", many, lambda t, z, x: _library(_without_box(t), z, x))),
-    ]  # fmt: skip
-    return Part(cases, controls, [])
+    )
+    check.control("clipping alone", _inside("limits", many, _clipped), breaks=FORMULA)
+    check.control("another basis", _inside("limits", many, _other_basis), breaks="basis")
+    case = _nearest("formula", few, formula, _one_after_the_other, 1e-4)
+    check.control("ball, then signal", case, breaks=FORMULA)
+    case = _nearest("SLSQP", few, solved, _swapped, 0.01)
+    check.control("δ and ε swapped", case, breaks=FORMULA)
+    case = _boxed("pixels", many, lambda t, z, x: _library(_without_box(t), z, x))
+    check.control("the box forgotten", case, breaks=FORMULA)
+    outside = many._replace(x=many.x + np.float32(1.2), z=many.z + np.float32(1.2))
+    cases = _inside("limits", outside, _library), _boxed("pixels", outside, _library)
+    case = min(cases, key=lambda case: case.margin)
+    check.control("images outside of the box", case, breaks="inside the box")
 
 
 def _unmoved(points: Points) -> tuple[np.ndarray, np.ndarray]:
@@ -272,7 +268,7 @@ def _two_logits(params: Params, x: Images) -> jax.Array:
     return jnp.stack([-output, output], axis=1)
 
 
-def _attack(context: Context) -> Part:
+def _attack(check: Recorder, context: Context) -> None:
     """PGD on linear classifiers lowers the margin by L2's reach."""
     # On a sphere each step s divides the angle to its end by about 1 + s/ε: so 20 steps of ε.
     attack = PGD(20, step_ratio=20.0, random_start=_random_start(context))
@@ -295,11 +291,10 @@ def _attack(context: Context) -> Part:
         reaches.append(np.full(4, strong_reach(EPSILON, delta, a, b)))
         wrong.append(np.full(4, EPSILON * np.hypot(a, b)))
     name = "loss of margin under PGD, linear networks"
-    return Part(
-        [close(name, losses, reaches, tolerance=1e-3), below(name, losses, reaches)],
-        [rejects("reach of the L2 ball", close(name, losses, wrong, tolerance=1e-3))],
-        [],
-    )
+    check.close(name, losses, reaches, tolerance=1e-3)
+    check.below(name, losses, reaches)
+    case = close(name, losses, wrong, tolerance=1e-3)
+    check.control("reach of the L2 ball", case, breaks=FORMULA)
 
 
 # ---------------------------------------------------------------- adversarial training
@@ -314,7 +309,7 @@ RADIUS, LIMIT = 1.0, 0.3
 """ε and δ for the digits, whose class means are about 2 apart."""
 
 
-def _trained(context: Context) -> Part:
+def _trained(check: Recorder, context: Context) -> None:
     """Networks trained under the strong threat and under the L2 ball of the same radius."""
     images = data.load(DataConfig("digits", validation_fraction=0.3), context.seed)
     basis = threats.class_mean_basis(images.x_train, images.y_train)
@@ -360,8 +355,9 @@ def _trained(context: Context) -> Part:
             accuracy[name][seed] = [found[0].natural.value, *robust]
         context.progress(0.3 + 0.7 * (seed + 1) / seeds)
     # `_better` judges one column: natural, strong robust, ordinary robust accuracy.
-    cases = [_better("strong robust accuracy", accuracy, 1)]
-    controls = [rejects("judged under the L2 ball", _better("ordinary", accuracy, 2))]
+    check.case(_better("strong robust accuracy", accuracy, 1))
+    case = _better("ordinary", accuracy, 2)
+    check.control("judged under the L2 ball", case, breaks=FORMULA)
     panel = Panel(
         f"networks on digits, ε = {RADIUS:g}, δ = {LIMIT:g}, validation images",
         "seed",
@@ -373,7 +369,7 @@ def _trained(context: Context) -> Part:
         ],
         yscale="linear",
     )
-    return Part(cases, controls, [panel])
+    check.panel(panel)
 
 
 def _better(name: str, accuracy: dict[str, Array], column: int) -> Case:
@@ -391,11 +387,8 @@ def _better(name: str, accuracy: dict[str, Array], column: int) -> Case:
 
 
 def check(context: Context) -> Outcome:
-    parts = []
+    check = Recorder(STATEMENT)
     for share, part in ((0.2, _projection), (0.3, _attack), (1.0, _trained)):
-        parts.append(part(context))
+        part(check, context)
         context.progress(share)
-    cases, controls, panels = (
-        [entry for part in parts for entry in part[i]] for i in range(len(Part._fields))
-    )
-    return Outcome(cases, controls, panels)
+    return check.outcome()

@@ -5,19 +5,18 @@ import numpy as np
 
 from ntk_awt.theory.dynamics.preservation import Trajectory, posterior_bound
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
-    close,
-    rejects,
 )
 from proofs_check.instances import trainings
-from proofs_check.instances.trainings import SAME_START, Run, Trainings
+from proofs_check.instances.trainings import SAME_START, Run, Trainings, gap_norms, matrix
 
 STATEMENT = Statement(
     number="P2",
@@ -29,11 +28,11 @@ STATEMENT = Statement(
     formula=(
         "‖D_T‖ ≤ ‖D_0‖ + Σ_k (η/N)[‖(K^d_k − K^s_k) g^d_k‖ + ‖K^s_k(g^d_k − g^s_k)‖] + Σ_k‖ρ_k‖"
     ),
-    hypotheses=(
-        "gradient descent on the mean loss at each network's points X̃_k, constant step η",
-        "K is the kernel of the masked Jacobian, gain included",
-        "the remainders are counted",
-    ),
+    hypotheses={
+        "gradient descent": "on the mean loss at each network's points X̃_k, constant step η",
+        "masked Jacobian": "K is the kernel of the masked network, gain included",
+        "remainders": "the remainders are counted",
+    },
     instances=(
         "full-batch adversarial trainings by training.fit: MLPs on digits and MNIST and a small "
         "CNN; dense against ticket, random and magnitude masks; cross-entropy and squared loss; "
@@ -43,18 +42,6 @@ STATEMENT = Statement(
     tolerance="1e-9 for the rounding of sums of about 1e3 products in float64; the bound has none",
     source="theory P2; after Shi et al. 2022",
 )
-
-
-def gap_norms(dense: Trajectory, sparse: Trajectory) -> np.ndarray:
-    """‖D_k‖, [T + 1]."""
-    outputs = (np.asarray(network.outputs, np.float64) for network in (dense, sparse))
-    return np.sqrt(np.sum(np.subtract(*outputs) ** 2, axis=(1, 2)))
-
-
-def matrix(kernel: np.ndarray) -> np.ndarray:
-    """[m, n, c, c] as [m·c, n·c]."""
-    m, n, c, _ = kernel.shape
-    return kernel.transpose(0, 2, 1, 3).reshape(m * c, n * c)
 
 
 def bound(dense: Trajectory, sparse: Trajectory, rate: float, rest: float = 1.0) -> np.ndarray:
@@ -88,49 +75,46 @@ def curved() -> tuple[Trajectory, Trajectory]:
     return network(2.0, 1.0), network(1.0, 0.0)
 
 
-def broken(t: Trainings) -> list[Control]:
+def broken(check: Recorder, t: Trainings) -> None:
     """The bound with a wrong kernel, factor or optimiser, or without the remainder."""
     pair, z = SAME_START, t.points(SAME_START.setting)
     setting, (dense, sparse) = pair.setting, t.runs(pair)
     rate = setting.step / t.n
     left = t.follow(setting, dense, z)
 
-    def control(name: str, right: Trajectory, rate: float) -> Control:
-        return rejects(name, holds("‖D_k‖", gap_norms(left, right), bound(left, right, rate)))
+    def control(name: str, run: Run, rate: float, breaks: str) -> None:
+        right = t.follow(setting, run, z)
+        case = holds("‖D_k‖", gap_norms(left, right), bound(left, right, rate))
+        check.control(name, case, breaks=breaks)
 
     unmasked = Run(trainings.unmasked(sparse.path), sparse.x)
     momentum = t.run_on(setting, pair.sparse, sparse.x, momentum=0.9)
+    control("kernel of the unmasked Jacobian", unmasked, rate, "masked Jacobian")
+    control("momentum in place of gradient descent", momentum, rate, "gradient descent")
+    control("1/(2N) in place of 1/N", sparse, rate / 2, FORMULA)
     pieces = curved()
-    return [
-        control("kernel of the unmasked Jacobian", t.follow(setting, unmasked, z), rate),
-        control("momentum in place of gradient descent", t.follow(setting, momentum, z), rate),
-        control("1/(2N) in place of 1/N", t.follow(setting, sparse, z), rate / 2),
-        rejects(
-            "remainder left out", holds("‖D_k‖", gap_norms(*pieces), bound(*pieces, 1.0, rest=0.0))
-        ),
-    ]
+    case = holds("‖D_k‖", gap_norms(*pieces), bound(*pieces, 1.0, rest=0.0))
+    check.control("remainder left out", case, breaks="remainders")
 
 
 def check(context: Context) -> Outcome:
     """The bound along recorded trainings."""
     t = trainings.of(context)
     pairs, skipped = t.available(context.pick(trainings.REDUCED, trainings.ALL, trainings.ALL))
-    cases: list[Case] = []
-    panels: list[Panel] = []
+    check = Recorder(STATEMENT)
+    check.skip(*skipped)
     for i, pair in enumerate(pairs):
         dense, sparse = t.trajectories(pair)
         actual = gap_norms(dense, sparse)
         wanted = bound(dense, sparse, pair.setting.step / t.n)
         found = posterior_bound(dense, sparse, pair.setting.step)
-        cases += [
-            holds(f"{pair.label}: ‖D_k‖", actual, wanted),
-            close(f"{pair.label}: library", found, wanted, tolerance=1e-9),
-        ]
+        check.case(holds(f"{pair.label}: ‖D_k‖", actual, wanted))
+        check.close(f"{pair.label}: library", found, wanted, tolerance=1e-9)
         if pair in (pairs[0], SAME_START):
             times = pair.setting.step * np.arange(t.steps + 1)
             lines = [Line("‖D_k‖", times, actual), Line("bound", times, wanted, "bound")]
-            panels.append(
-                Panel(pair.label, "time kη", "gap over Z, logits", lines, yscale="linear")
-            )
+            labels = ("time kη", "gap over Z, logits")
+            check.panel(Panel(pair.label, *labels, lines, yscale="linear"))
         context.progress((i + 1) / len(pairs))
-    return Outcome(cases, broken(t), panels, skipped)
+    broken(check, t)
+    return check.outcome()

@@ -30,21 +30,26 @@ from ntk_awt.theory.dynamics.preservation import (
     prior_gap,
 )
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
     close,
-    refuses,
-    rejects,
 )
 from proofs_check.instances import trainings
-from proofs_check.instances.trainings import MLP_CE, SAME_START, Pair, Trainings
-from proofs_check.p2_posterior import gap_norms, matrix
+from proofs_check.instances.trainings import (
+    MLP_CE,
+    SAME_START,
+    Pair,
+    Trainings,
+    gap_norms,
+    matrix,
+)
 
 STATEMENT = Statement(
     number="P3",
@@ -59,14 +64,16 @@ STATEMENT = Statement(
         "(b) b_{k+1} = (1 + ηL‖Θ^s_k‖/N)b_k + (η/N)‖ΔΘ_k g^d_k‖ + ‖ρ_k‖;   "
         "(c) δ_{k+1} = (1 + ηLκ)δ_k + max_z [(η/N) Σ_j ‖ΔΘ(z, x̃_j)‖‖g^d_j‖ + ‖ρ_k(z)‖]"
     ),
-    hypotheses=(
-        "both networks are trained on the same points: (a), (b) fixed and evaluated there, "
-        "(c) moving, all of them in Z",
-        "(a) squared loss, frozen positive semidefinite kernels; gradient descent with "
-        "η ≤ 2N/(λ_min + λ_max)(Θ^d) and η ≤ 2N/λ_max(Θ^s)",
-        "(b), (c) a loss with L-Lipschitz gradient: ½ for cross-entropy, 1 squared; ρ = 0 for "
-        "linearised networks",
-    ),
+    hypotheses={
+        "shared points": "both networks are trained on the same points: (a), (b) fixed and "
+        "evaluated there, (c) moving, all of them in Z",
+        "squared loss": "(a) squared loss, summed over the outputs",
+        "frozen": "(a) frozen kernels",
+        "semidefinite": "(a) symmetric positive semidefinite kernels",
+        "step": "(a) gradient descent with η ≤ 2N/(λ_min + λ_max)(Θ^d) and η ≤ 2N/λ_max(Θ^s)",
+        "smooth loss": "(b), (c) a loss with L-Lipschitz gradient: ½ for cross-entropy, 1 squared; "
+        "ρ = 0 for linearised networks",
+    },
     instances=(
         "(a) random kernels of five kinds of spectra and those of networks, flow and descent; "
         "(b), (c) linearised networks with random kernels and any step, and recorded trainings "
@@ -213,10 +220,10 @@ def moments(found: Instances, rng: np.random.Generator) -> Iterator[tuple[str, A
 
 
 def check_frozen(
-    name: str, found: Instances, rng: np.random.Generator, compared: int
-) -> tuple[list[Case], Line]:
+    check: Recorder, name: str, found: Instances, rng: np.random.Generator, compared: int
+) -> Line:
     """The bound for all instances, and the library for the first ones; tightness under flow."""
-    cases, lines = [], []
+    lines = []
     for kind, times, step in moments(found, rng):
         actual = evolved(found, times, step)
         bound = prior(found, times if step is None else times * step[:, None])
@@ -225,12 +232,13 @@ def check_frozen(
             prior_bound(*arrays(found, i), times[i], step=None if step is None else float(step[i]))
             for i in range(compared)
         ]
-        cases += [below(label, actual, bound), same(label, rows, bound[:compared])]
+        check.below(label, actual, bound)
+        check.case(same(label, rows, bound[:compared]))
         if kind == "flow":
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios = np.median(bound / actual, axis=0)
             lines.append(Line(name, np.linspace(0, 1, times.shape[1]), ratios))
-    return cases, lines[0]
+    return lines[0]
 
 
 def check_exact(name: str, found: Instances, count: int) -> Case:
@@ -261,41 +269,53 @@ def one_image(dense: float, sparse: float) -> Instances:
     return Instances(dense * one[None], sparse * one[None], one, 0 * one, 1)
 
 
-def broken_frozen() -> list[Control]:
+def quartic(start: float, kernels: tuple[float, float], times: np.ndarray) -> np.ndarray:
+    """‖D_t‖ of one image under the loss f⁴/4 from the same start, in closed form."""
+    dense, sparse = (start / np.sqrt(1 + 2 * kernel * times * start**2) for kernel in kernels)
+    return np.abs(dense - sparse)
+
+
+def broken_frozen(check: Recorder) -> None:
     """(a) with wrong constants, and where a hypothesis fails."""
     right, times = aligned(4), np.logspace(-2, 2, 9)[None]
-    actual, rule = evolved(right, times), partial(below, "(a)")
     steps = np.arange(1, 31)[None]
     near, far = one_image(1.0, 0.99), one_image(1.0, 2.1)
+    steep = one_image(1.0, 1.5)._replace(r=np.full((1, 1), 10.0))
     large, one = np.array([1.9]), np.array([1.0])
     indefinite = right._replace(sparse=right.sparse - 1.5 * (right.dense - right.sparse) / 0.5)
+    moved = right._replace(sparse=right.sparse / 10)
     mixed = right._replace(dense=right.dense + np.eye(4, k=1))
-    return [
-        rejects("α of half the difference", rule(actual, prior(right, times, share=0.5))),
-        rejects("N/λ_max as the cap", rule(actual, prior(right, times, mode=-1))),
-        rejects(
-            "summed loss in place of the mean",
-            rule(evolved(right, times * right.n), prior(right, times)),
+
+    def rule(name: str, actual: np.ndarray, bound: np.ndarray, breaks: str = FORMULA) -> None:
+        check.control(name, below("(a)", actual, bound), breaks=breaks)
+
+    actual = evolved(right, times)
+    rule("α of half the difference", actual, prior(right, times, share=0.5))
+    rule("N/λ_max as the cap", actual, prior(right, times, mode=-1))
+    summed = evolved(right, times * right.n)
+    rule("summed loss in place of the mean", summed, prior(right, times))
+    name = "step above 2N/(λ_min + λ_max) of Θ^d"
+    rule(name, evolved(near, steps, large), prior(near, steps * large), "step")
+    name = "step above 2N/λ_max of Θ^s"
+    rule(name, evolved(far, steps, one), prior(far, steps * one), "step")
+    rule("Θ^s not PSD", evolved(indefinite, times), prior(indefinite, times), "semidefinite")
+    rule("a sparse kernel that has shrunk", evolved(moved, times), prior(right, times), "frozen")
+    early = times / 100
+    rule("the loss f⁴/4", quartic(10.0, (1.0, 1.5), early), prior(steep, early), "squared loss")
+    refused = {
+        "library, step above 2N/(λ_min + λ_max) of Θ^d": (
+            "step", lambda: prior_bound(*arrays(near, 0), [1], step=1.9)
         ),
-        rejects(
-            "step above 2N/(λ_min + λ_max) of Θ^d",
-            rule(evolved(near, steps, large), prior(near, steps * large)),
+        "library, step above 2N/λ_max of Θ^s": (
+            "step", lambda: prior_bound(*arrays(far, 0), [1], step=1.0)
         ),
-        rejects(
-            "step above 2N/λ_max of Θ^s", rule(evolved(far, steps, one), prior(far, steps * one))
+        "library, Θ^s not PSD": (
+            "semidefinite", lambda: prior_bound(*arrays(indefinite, 0), [1.0])
         ),
-        rejects("Θ^s not PSD", rule(evolved(indefinite, times), prior(indefinite, times))),
-        refuses(
-            "library, step above 2N/(λ_min + λ_max) of Θ^d",
-            lambda: prior_bound(*arrays(near, 0), [1], step=1.9),
-        ),
-        refuses(
-            "library, step above 2N/λ_max of Θ^s",
-            lambda: prior_bound(*arrays(far, 0), [1], step=1.0),
-        ),
-        refuses("library, Θ^s not PSD", lambda: prior_bound(*arrays(indefinite, 0), [1.0])),
-        refuses("library, mixed kernel", lambda: prior_gap(*arrays(mixed, 0), [1.0])),
-    ]
+        "library, mixed kernel": ("semidefinite", lambda: prior_gap(*arrays(mixed, 0), [1.0])),
+    }  # fmt: skip
+    for name, (breaks, call) in refused.items():
+        check.control(name, call, breaks=breaks)
 
 
 # ---------------------------------------------------------------- (b), (c) smooth losses
@@ -392,9 +412,8 @@ PARTS = {
 """Gap, bound and the library's bound of the parts for smooth losses."""
 
 
-def check_linear(found: Instances, rng: np.random.Generator) -> list[Case]:
+def check_linear(check: Recorder, found: Instances, rng: np.random.Generator) -> None:
     """(b) and (c) for linearised networks; also at steps where gradient descent diverges."""
-    cases = []
     for loss, smooth in SMOOTHNESS.items():
         runs: list[tuple[tuple[Trajectory, Trajectory], float]] = []
         for i, limit in enumerate(limits(found)):
@@ -404,9 +423,8 @@ def check_linear(found: Instances, rng: np.random.Generator) -> list[Case]:
             name = f"({part}) linearised, {loss}, {len(runs)} instances"
             bounds = np.array([bound(*paths, step, smooth)[1:] for paths, step in runs])
             ours = [library(*paths, step, smooth)[1:] for paths, step in runs]
-            actual = [gap(*paths)[1:] for paths, _ in runs]
-            cases += [below(name, actual, bounds), same(name, ours, bounds)]
-    return cases
+            check.below(name, [gap(*paths)[1:] for paths, _ in runs], bounds)
+            check.case(same(name, ours, bounds))
 
 
 def asked_elsewhere() -> tuple[Trajectory, Trajectory]:
@@ -425,7 +443,7 @@ def asked_elsewhere() -> tuple[Trajectory, Trajectory]:
     return network(np.array([1.0, -1.0])), network(np.zeros(2))
 
 
-def broken_smooth() -> list[Control]:
+def broken_smooth(check: Recorder) -> None:
     """(b) and (c) with an L that is too small, another mean, or other points."""
 
     def rule(part: str, paths: tuple[Trajectory, Trajectory], step: float, smooth: float) -> Case:
@@ -442,25 +460,22 @@ def broken_smooth() -> list[Control]:
     summed = simulated(pair._replace(targets=0 * pair.targets), 0.05 * found.n, 4, "squared")
     paths = dense, sparse = asked_elsewhere()
     left, right = (t._replace(z=t.z[1:], outputs=t.outputs[:, 1:]) for t in paths)
-    return [
-        rejects(
-            "L = ¼ for cross-entropy",
-            rule("b", simulated(one(20), 1.0, 1, "cross-entropy"), 1.0, 0.25),
+    case = rule("b", simulated(one(20), 1.0, 1, "cross-entropy"), 1.0, 0.25)
+    check.control("L = ¼ for cross-entropy", case, breaks="smooth loss")
+    case = rule("b", simulated(one(6), 1.0, 4, "squared"), 1.0, 0.5)
+    check.control("L = ½ for the squared loss", case, breaks="smooth loss")
+    check.control("summed loss in place of the mean", rule("b", summed, 0.05, 1.0), breaks=FORMULA)
+    case = rule("c", paths, 1.0, 0.0)
+    check.control("L = 0 at points that are not trained on", case, breaks="smooth loss")
+    refused = {
+        "library, different points": lambda: pointwise_bound(
+            dense, sparse._replace(x=sparse.x + 1), 1.0, 1.0
         ),
-        rejects(
-            "L = ½ for the squared loss", rule("b", simulated(one(6), 1.0, 4, "squared"), 1.0, 0.5)
-        ),
-        rejects("summed loss in place of the mean", rule("b", summed, 0.05, 1.0)),
-        rejects("L = 0 at points that are not trained on", rule("c", paths, 1.0, 0.0)),
-        refuses(
-            "library, different points",
-            lambda: pointwise_bound(dense, sparse._replace(x=sparse.x + 1), 1.0, 1.0),
-        ),
-        refuses(
-            "library, training points missing in Z", lambda: pointwise_bound(left, right, 1.0, 1.0)
-        ),
-        refuses("library, (b) at other points", lambda: gronwall_bound(dense, sparse, 1.0, 1.0)),
-    ]
+        "library, training points missing in Z": lambda: pointwise_bound(left, right, 1.0, 1.0),
+        "library, (b) at other points": lambda: gronwall_bound(dense, sparse, 1.0, 1.0),
+    }
+    for name, call in refused.items():
+        check.control(name, call, breaks="shared points")
 
 
 # ---------------------------------------------------------------- networks
@@ -484,10 +499,9 @@ def at_first(path: Trajectory, count: int) -> Trajectory:
 
 
 def check_network(
-    t: Trainings, pair: Pair, rng: np.random.Generator
-) -> tuple[list[Case], list[Panel]]:
+    check: Recorder, t: Trainings, pair: Pair, rng: np.random.Generator
+) -> list[Panel]:
     """All parts for two real networks: frozen at the start, at fixed and at moving points."""
-    cases: list[Case] = []
     panels: list[Panel] = []
     setting, trained = pair.setting, t.run(pair.setting, pair.dense)
     smooth, step = SMOOTHNESS[setting.criterion], setting.step
@@ -501,40 +515,39 @@ def check_network(
         gap, bound, library = PARTS[part]
         actual, wanted = gap(dense, sparse), bound(dense, sparse, step, smooth)
         name = f"({part}) {setting.label}, {pair.dense} and {pair.sparse}"
-        cases += [
-            below(name, actual[1:], wanted[1:]),
-            same(name, library(dense, sparse, step, smooth)[1:], wanted[1:]),
-        ]
+        check.below(name, actual[1:], wanted[1:])
+        check.case(same(name, library(dense, sparse, step, smooth)[1:], wanted[1:]))
         times = step * np.arange(t.steps + 1)
         lines = [Line("gap", times, actual), Line("bound", times, wanted, "bound")]
         panels.append(Panel(name, "time kη", "gap, logits", lines))
         if part == "b":
             targets = np.eye(dense.outputs.shape[2])[t.problem(setting.network).y]
             found = frozen_networks(dense, sparse, targets)
-            cases += check_frozen(f"{name[4:]}, frozen", found, rng, 1)[0]
-    return cases, panels
+            check_frozen(check, f"{name[4:]}, frozen", found, rng, 1)
+    return panels
 
 
 def check(context: Context) -> Outcome:
     """Random kernels, linearised networks, networks; and all controls."""
     count, compared, linear = context.pick((40, 3, 3), (170, 6, 20), (1000, 50, 100))
-    cases: list[Case] = []
+    check = Recorder(STATEMENT)
     lines: list[Line] = []
     for i, family in enumerate(FAMILIES):
         rng = context.rng(0, i)
         found = drawn(family, rng, count, 6, 2)
-        some, line = check_frozen(family, found, rng, compared)
-        cases += [*some, check_exact(family, found, compared)]
-        lines.append(line)
+        lines.append(check_frozen(check, family, found, rng, compared))
+        check.case(check_exact(family, found, compared))
     rng = context.rng(1)
-    cases += check_linear(drawn("Wishart", rng, linear, 5, 3), rng)
+    check_linear(check, drawn("Wishart", rng, linear, 5, 3), rng)
     context.progress(0.3)
     t = trainings.of(context, *context.pick((6, 4), (10, 16), (10, 16)))
     wanted = [SAME_START, *(Pair(MLP_CE, kind) for kind in ("random", "magnitude", "ticket"))]
     label = "from the fastest mode's 1e-3 (0) to the slowest's 3 (1), log scale"
-    panels = [Panel("(a) Tightness under flow", f"time {label}", "median of bound/gap", lines)]
+    check.panel(Panel("(a) Tightness under flow", f"time {label}", "median of bound/gap", lines))
     for pair in context.pick(wanted[:1], wanted, wanted):
-        some, figures = check_network(t, pair, rng)
-        cases += some
-        panels += figures if pair.sparse != "magnitude" else []
-    return Outcome(cases, [*broken_frozen(), *broken_smooth()], panels)
+        figures = check_network(check, t, pair, rng)
+        if pair.sparse != "magnitude":
+            check.panel(*figures)
+    broken_frozen(check)
+    broken_smooth(check)
+    return check.outcome()

@@ -32,19 +32,18 @@ from ntk_awt.robustness.certified import intervals
 from ntk_awt.threats import L2, Linf, Threat
 from ntk_awt.types import ApplyFn, Images, Key, Labels, Params
 from proofs_check.core import (
+    FORMULA,
     Case,
     Context,
-    Control,
     Line,
     Outcome,
     Panel,
+    Recorder,
     Statement,
     below,
     close,
-    refuses,
-    rejects,
 )
-from proofs_check.d1_flow import untrained
+from proofs_check.instances.networks import untrained
 from proofs_check.instances.trainings import QUICKLY
 
 STATEMENT = Statement(
@@ -58,11 +57,11 @@ STATEMENT = Statement(
         "|R_adv(f^d) − R_adv(f^s)| ≤ L_ℓ · mean_i sup_{z∈B(x_i)} ‖D(z)‖₂, D = f^d − f^s, "
         "L_ℓ = √2 (cross-entropy), 1 (binary logistic)"
     ),
-    hypotheses=(
-        "the loss is L_ℓ-Lipschitz in the 2-norm of the logits",
-        "the supremum is over the threat set of the risks, not over the clean images",
-        "the sup on the right is bounded from above: intervals of a set that contains B(x)",
-    ),
+    hypotheses={
+        "Lipschitz loss": "the loss is L_ℓ-Lipschitz in the 2-norm of the logits",
+        "threat set": "the supremum is over the threat set of the risks, not the clean images",
+        "outer bound": "the sup is bounded from above: intervals of a set that contains B(x)",
+    },
     instances=(
         "random logistic and softmax models in closed form (L∞, L2), networks of two inputs with "
         "both sides rigorous, adversarially trained MLP and CNN on digits, dense against random, "
@@ -101,14 +100,6 @@ def _contained(name: str, values: Array, bounds: intervals.Bounds, size: float) 
 def _untight(case: Case) -> Case:
     """A comparison that says nothing of how tight the statement's bound is."""
     return case._replace(tightness=None)
-
-
-class Part(NamedTuple):
-    """What one part of the check found."""
-
-    cases: list[Case]
-    controls: list[Control]
-    panels: list[Panel]
 
 
 # ---------------------------------------------------------------- linear models, in closed form
@@ -229,7 +220,7 @@ def _norms(gap: tuple[Array, Array]) -> Array:
     return np.linalg.norm(np.abs(centre) + radius, axis=-1)
 
 
-def _linear(context: Context) -> Part:
+def _linear(check: Recorder, context: Context) -> None:
     pairs, rng = context.pick(200, 400, 4000), context.rng(1)
     x = rng.uniform(-1, 1, (4, 6))
     logistic, softmax, two = (_pairs(rng, x, classes, pairs) for classes in (1, 3, 2))
@@ -238,7 +229,7 @@ def _linear(context: Context) -> Part:
     }
     values = logistic.logits()[..., 0]
     gap, turn = values[0] - values[1], logistic.w[0, ..., 0] - logistic.w[1, ..., 0]
-    cases, lefts, rights, reaches = [], [], [], []
+    lefts, rights, reaches = [], [], []
     for ball in BALLS:
         sides = [_logistic_sides(logistic, ball, e) for e in RADII]
         left, right = (np.array(side) for side in zip(*sides, strict=True))
@@ -248,78 +239,64 @@ def _linear(context: Context) -> Part:
         reach = np.array([e * lengths + 0 * gap for e in RADII])
         found = [np.stack(bounds[0])[..., 0] for bounds in library[ball]]
         reaches.append((reach[-1], found[-2][1]))
-        cases += [
-            below(f"logistic models, {ball}: exact on both sides", left, right),
-            close(
-                f"library bounds of D on linear models, {ball}",
-                found,
-                [np.stack([gap, r]) for r in reach],
-                tolerance=1e-12,
-            ),
-            below(
-                f"two-class softmax models, {ball}: exact left side, library bound",
-                [_two_class_risks(two, ball, e) for e in RADII],
-                [ROOT2 * _norms(bounds[2]).mean(-1) for bounds in library[ball]],
-            ),
-        ]
+        check.below(f"logistic models, {ball}: exact on both sides", left, right)
+        name, expected = f"library bounds of D on linear models, {ball}", [[gap, r] for r in reach]
+        check.close(name, found, expected, tolerance=1e-12)
+        check.below(
+            f"two-class softmax models, {ball}: exact left side, library bound",
+            [_two_class_risks(two, ball, e) for e in RADII],
+            [ROOT2 * _norms(bounds[2]).mean(-1) for bounds in library[ball]],
+        )
     exact = [_vertex_sides(softmax, e) for e in RADII]
     left, sup = (np.array(side) for side in zip(*exact, strict=True))
     wrong, confident = _attaining(1), _attaining(2)
     attained = [_logistic_sides(wrong, ball, 0.3) for ball in BALLS]
     attained_two, sup_two = _vertex_sides(confident, 0.3)
-    cases += [
-        below("softmax models, L∞: exact on both sides", left, ROOT2 * sup.mean(-1)),
-        below(
-            "softmax models, L∞: exact sup ‖D‖ below the library's",
-            sup,
-            [_norms(bounds[1]) for bounds in library["L∞"]],
+    check.below("softmax models, L∞: exact on both sides", left, ROOT2 * sup.mean(-1))
+    widest = [_norms(bounds[1]) for bounds in library["L∞"]]
+    check.below("softmax models, L∞: exact sup ‖D‖ below the library's", sup, widest)
+    check.close(
+        "the constants are the least possible: an instance attains the bound",
+        [*(a for a, _ in attained), attained_two],
+        [*(b for _, b in attained), ROOT2 * sup_two.mean(-1)],
+        tolerance=1e-9,
+    )
+    check.case(_bound_case(logistic))
+    name, case = "Lipschitz constant 1 in place of √2, cross-entropy", "attaining instance"
+    check.control(name, below(case, attained_two, sup_two.mean(-1)), breaks="Lipschitz loss")
+    name, (actual, bound) = "Lipschitz constant 1/√2 in place of 1, logistic loss", attained[0]
+    check.control(name, below(case, actual, bound / ROOT2), breaks="Lipschitz loss")
+    broken = below("logistic models", lefts, np.abs(gap).mean(-1))
+    name = "gap at the clean images in place of its supremum"
+    check.control(name, broken, breaks="threat set")
+    broken = below("linear models", *zip(*reaches, strict=True))
+    name = "threat set larger than the propagated one (ε 1 and 0.3)"
+    check.control(name, broken, breaks="outer bound")
+    check.control(
+        "an operation without a rule",
+        lambda: intervals.output_bounds(
+            lambda w, z: jnp.sin(z @ w), np.ones((1, 1)), np.zeros((1, 1)), Linf(0.1)
         ),
-        close(
-            "the constants are the least possible: an instance attains the bound",
-            [*(a for a, _ in attained), attained_two],
-            [*(b for _, b in attained), ROOT2 * sup_two.mean(-1)],
-            tolerance=1e-9,
-        ),
-        _bound_case(logistic),
-    ]
-    controls = [
-        rejects(
-            "Lipschitz constant 1 in place of √2, cross-entropy",
-            below("attaining instance", attained_two, sup_two.mean(-1)),
-        ),
-        rejects(
-            "Lipschitz constant 1/√2 in place of 1, logistic loss",
-            below("attaining instance", attained[0][0], attained[0][1] / ROOT2),
-        ),
-        rejects(
-            "gap at the clean images in place of its supremum",
-            below("logistic models", lefts, np.abs(gap).mean(-1)),
-        ),
-        rejects(
-            "threat set larger than the propagated one (ε 1 and 0.3)",
-            below("linear models", *zip(*reaches, strict=True)),
-        ),
-        refuses(
-            "an operation without a rule",
-            lambda: intervals.output_bounds(
-                lambda w, z: jnp.sin(z @ w), np.ones((1, 1)), np.zeros((1, 1)), Linf(0.1)
-            ),
-        ),
-    ]
+        breaks="outer bound",
+    )
     share = np.linspace(0, 1, 41)[1:-1]
     ratios = [
         right[1:] / np.maximum(left[1:], 1e-300) for left, right in zip(lefts, rights, strict=True)
     ]
-    panel = Panel(
-        "Logistic models, exact: how loose the bound is",
-        "share of the instances",
-        "bound / actual difference of the adversarial risks",
-        [
-            *(Line(b, share, np.quantile(r, share)) for b, r in zip(BALLS, ratios, strict=True)),
-            Line("attained", [0, 1], [1, 1], "reference"),
-        ],
+    check.panel(
+        Panel(
+            "Logistic models, exact: how loose the bound is",
+            "share of the instances",
+            "bound / actual difference of the adversarial risks",
+            [
+                *(
+                    Line(b, share, np.quantile(r, share))
+                    for b, r in zip(BALLS, ratios, strict=True)
+                ),
+                Line("attained", [0, 1], [1, 1], "reference"),
+            ],
+        )
     )
-    return Part(cases, controls, [panel])
 
 
 def _bound_case(model: Linear) -> Case:
@@ -353,7 +330,7 @@ def _units(weights: Params, x: Images) -> Any:
     return jnp.concatenate([function(h) for function, _ in ACTIVATIONS.values()], axis=1)
 
 
-def _activations(context: Context) -> Part:
+def _activations(check: Recorder, context: Context) -> None:
     """Units of one input: there the bounds of an activation can be seen without those of sums.
 
     In a third of the units only the biases differ, so that D is a constant before the activation;
@@ -377,14 +354,12 @@ def _activations(context: Context) -> Part:
     smaller = intervals.gap_bounds(_units, pair[0], pair[1], x, half)
     names, size = ", ".join(ACTIVATIONS), float(np.abs(values).max())
     difference = values[0] - values[1]
-    cases = [
+    check.case(
         _contained(f"units of {names}: D inside its bounds", difference, gap, size),
         _contained(f"units of {names}: values inside theirs", values[0], logits, size),
-    ]
-    control = rejects(
-        "units: intervals of half the radius", _contained("D", difference, smaller, size)
     )
-    return Part(cases, [control], [])
+    case = _contained("D", difference, smaller, size)
+    check.control("units: intervals of half the radius", case, breaks="outer bound")
 
 
 # ---------------------------------------------------------------- two inputs, subdivided
@@ -429,7 +404,7 @@ def _grid(side: int) -> Array:
     return np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
 
 
-def _subdivided(context: Context) -> Part:
+def _subdivided(check: Recorder, context: Context) -> None:
     """Both sides rigorous and close to the truth: each threat square is cut into many.
 
     The risks from below are maxima over points of a grid; those from above, and sup ‖D‖, are maxima
@@ -475,24 +450,25 @@ def _subdivided(context: Context) -> Part:
             sup = _in_chunks(partial(_gap, first, second, threat), centres)
             left[k, j] = max(lows[0] - highs[1], lows[1] - highs[0], 0.0)
             right[k, j] = ROOT2 * risk(sup)
-    cases = [
-        below("two inputs, subdivided: both sides rigorous", left[:, -1], right[:, -1]),
+    check.below("two inputs, subdivided: both sides rigorous", left[:, -1], right[:, -1])
+    check.case(
         _untight(below("two inputs: a difference of the risks is proved", 0.01, left[:, -1].max())),
         _untight(
             below("two inputs: cutting the set does not loosen it", right[:, 1:], right[:, :-1])
         ),
-    ]
-    panel = Panel(
-        "Networks of two inputs: both sides rigorous (first pair)",
-        "squares a side of the threat set",
-        "difference of the adversarial risks / nats",
-        [
-            Line("from below", sides, np.where(left[0] > 0, left[0], np.nan)),
-            Line("bound", sides, right[0], "bound"),
-        ],
-        xscale="log",
     )
-    return Part(cases, [], [panel])
+    check.panel(
+        Panel(
+            "Networks of two inputs: both sides rigorous (first pair)",
+            "squares a side of the threat set",
+            "difference of the adversarial risks / nats",
+            [
+                Line("from below", sides, np.where(left[0] > 0, left[0], np.nan)),
+                Line("bound", sides, right[0], "bound"),
+            ],
+            xscale="log",
+        )
+    )
 
 
 # ---------------------------------------------------------------- trained networks
@@ -746,13 +722,14 @@ def _numpy_bounds(weights: Params, x: Array, epsilon: float, *, split: bool) -> 
 
 
 def _network(
+    check: Recorder,
     name: str,
     trained: Trained,
     images: tuple[Array, Any],
     ball: str,
     radii: tuple[float, ...],
     context: Context,
-) -> Part:
+) -> None:
     x, y = images
     apply, dense = trained.network.apply, trained.dense
     samples = context.pick(4000, 100_000, 1_000_000) // len(trained.sparse)
@@ -771,94 +748,65 @@ def _network(
     classes = all_found[0].gap.lower.shape[1]
     largest = [row[-1] for row in found.values()]
     where = f"{name}, {ball}"
-    cases = [
-        below(
-            f"{where}: mean sup |ℓ(f_d) − ℓ(f_s)| from below, by attack (rigorous)",
-            [m.middle for m in all_found],
-            bounds,
-        ),
-        below(
-            f"{where}: |R_d − R_s| from below, by attack and certificate (rigorous)",
-            [m.proved for m in all_found],
-            bounds,
-        ),
-        below(
-            f"{where}: |R_d − R_s| with both risks by attack (an estimate)",
-            [m.estimate for m in all_found],
-            bounds,
-        ),
-        _untight(
-            below(
-                f"{where}: the pair's bound is not above that of two separate intervals",
-                bounds,
-                [m.plain for m in all_found],
-            )
-        ),
-        close(
-            f"{where}: the library's bound is √2·mean sup ‖D‖",
-            bounds,
-            [ROOT2 * m.sup.mean() for m in all_found],
-            tolerance=1e-12,
-        ),
-        below(
-            f"{where}: ‖D‖ at {samples} samples and at attacks, below its bound",
-            [m.visited[:, :, 2].max(1) for m in largest],
-            [m.sup for m in largest],
-        ),
-    ]
+    for what, lower in {
+        "mean sup |ℓ(f_d) − ℓ(f_s)| from below, by attack (rigorous)": "middle",
+        "|R_d − R_s| from below, by attack and certificate (rigorous)": "proved",
+        "|R_d − R_s| with both risks by attack (an estimate)": "estimate",
+    }.items():
+        check.below(f"{where}: {what}", [getattr(m, lower) for m in all_found], bounds)
+    what = f"{where}: the pair's bound is not above that of two separate intervals"
+    check.case(_untight(below(what, bounds, [m.plain for m in all_found])))
+    what, sups = f"{where}: the library's bound is √2·mean sup ‖D‖", [m.sup for m in all_found]
+    check.close(what, bounds, [ROOT2 * sup.mean() for sup in sups], tolerance=1e-12)
+    check.below(
+        f"{where}: ‖D‖ at {samples} samples and at attacks, below its bound",
+        [m.visited[:, :, 2].max(1) for m in largest],
+        [m.sup for m in largest],
+    )
     start = 3 + classes
     size = max(float(np.abs(m.visited[..., start:]).max()) for m in largest)
     for m, kind in zip(largest, found, strict=True):
         gaps, values = m.visited[..., 3:start], m.visited[..., start:]
-        cases += [
+        check.case(
             _contained(f"{where}, {kind}: D inside its bounds", gaps, m.gap, size),
             _contained(f"{where}, {kind}: logits inside theirs", values, m.logits, size),
-        ]
+        )
     first = next(iter(found.values()))
     values = first[-1].visited[..., start:]
-    controls = [
-        rejects(
-            f"{where}: intervals of ε {radii[0]:g}, points of ε {radii[-1]:g}",
-            _contained("logits", values, first[0].logits, size),
+    what = f"{where}: intervals of ε {radii[0]:g}, points of ε {radii[-1]:g}"
+    case = _contained("logits", values, first[0].logits, size)
+    check.control(what, case, breaks="outer bound")
+    check.panel(
+        Panel(
+            f"{where}: dense against sparse",
+            "radius ε of the threat set / pixel range",
+            "difference of the adversarial risks / nats",
+            [
+                line
+                for kind, row in found.items()
+                for line in (
+                    Line(f"{kind}: bound", radii, [m.bound for m in row], "bound"),
+                    Line(f"{kind}: mean sup |ℓ − ℓ'|", radii, [m.middle for m in row]),
+                    Line(f"{kind}: |R − R'| by attack", radii, [m.estimate for m in row]),
+                )
+            ],
         )
-    ]
-    panel = Panel(
-        f"{where}: dense against sparse",
-        "radius ε of the threat set / pixel range",
-        "difference of the adversarial risks / nats",
-        [
-            line
-            for kind, row in found.items()
-            for line in (
-                Line(f"{kind}: bound", radii, [m.bound for m in row], "bound"),
-                Line(f"{kind}: mean sup |ℓ − ℓ'|", radii, [m.middle for m in row]),
-                Line(f"{kind}: |R − R'| by attack", radii, [m.estimate for m in row]),
-            )
-        ],
     )
     if name == "MLP" and ball == "L∞":
         epsilon = float(np.float32(radii[-1]))
         expected, wrong = (_numpy_bounds(dense, x, epsilon, split=s) for s in (True, False))
-        cases.append(
-            close(
-                "MLP: the library's intervals against NumPy",
-                np.stack(first[-1].logits),
-                np.stack(expected),
-                tolerance=1e-10,
-            )
-        )
-        controls.append(
-            rejects(
-                "W·[lower, upper] without a split by sign",
-                _contained("logits", values, wrong, size),
-            )
-        )
-    return Part(cases, controls, [panel])
+        own = np.stack(first[-1].logits)
+        what = "MLP: the library's intervals against NumPy"
+        check.close(what, own, np.stack(expected), tolerance=1e-10)
+        case = _contained("logits", values, wrong, size)
+        check.control("W·[lower, upper] without a split by sign", case, breaks=FORMULA)
 
 
 def check(context: Context) -> Outcome:
     """Exact on linear models, rigorous on networks of two inputs and on trained ones."""
-    parts = [_linear(context), _activations(context), _subdivided(context)]
+    check = Recorder(STATEMENT)
+    for part in (_linear, _activations, _subdivided):
+        part(check, context)
     context.progress(0.2)
     digits = data.load(DataConfig("digits", train_size=512), seed=context.seed)
     count = context.pick(6, 16, 64)
@@ -869,19 +817,14 @@ def check(context: Context) -> Outcome:
     build = partial(models.build, ModelConfig(widths=widths), (8, 8, 1), 10)
     mlp = _train(context, _drawn(context.rng(5), build), digits, kinds)
     context.progress(0.4)
-    parts.append(_network("MLP", mlp, images, "L∞", radii, context))
+    _network(check, "MLP", mlp, images, "L∞", radii, context)
     context.progress(0.6)
     if context.size == "reduced":
-        skipped = ["training, MLP in L2 balls, CNN: left out at this size"]
+        check.skip("training, MLP in L2 balls, CNN: left out at this size")
     else:
-        skipped = []
-        parts.append(_network("MLP", mlp, images, "L2", tuple(8 * r for r in radii), context))
+        larger = tuple(8 * r for r in radii)
+        _network(check, "MLP", mlp, images, "L2", larger, context)
         context.progress(0.8)
         cnn = _train(context, _drawn(context.rng(6), _cnn), digits, ("random", "magnitude"))
-        parts.append(_network("CNN", cnn, images, "L∞", radii, context))
-    return Outcome(
-        cases=[case for part in parts for case in part.cases],
-        controls=[control for part in parts for control in part.controls],
-        panels=[panel for part in parts for panel in part.panels],
-        skipped=skipped,
-    )
+        _network(check, "CNN", cnn, images, "L∞", radii, context)
+    return check.outcome()

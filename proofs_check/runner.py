@@ -68,8 +68,6 @@ class Result:
     @property
     def unbroken(self) -> list[str]:
         """Names of the hypotheses that no control breaks."""
-        if isinstance(self.statement.hypotheses, tuple):
-            return []
         broken = {control.breaks for control in self.outcome.controls if control.rejected}
         return [name for name in self.statement.hypotheses if name not in broken]
 

@@ -198,3 +198,38 @@ def crossing_case(name: str, found: Sequence[Array]) -> Case:
     stacked = np.array(found)
     case = close(name, stacked, np.broadcast_to(expected, stacked.shape), tolerance=1e-9)
     return case._replace(measured=f"{stacked.size} points at M/r = {PARTS_OF_REACH.tolist()}")
+
+
+Rows = list[dict[str, Any]]
+"""Of a table, as the library returns it: one dictionary each."""
+
+
+def exact_errors(rows: Rows, reach: Callable[..., Any]) -> Array:
+    """Clean, adversarial and robust rate [rows, 3] from a row's angle and bias, ‖w‖ = σ = 1.
+
+    `reach` has the arguments ε, δ, |cos θ|, sin θ.
+    """
+    mean, c, b, epsilon, delta = (
+        np.array([row[key] for row in rows])
+        for key in ("mean_norm", "cosine", "bias", "epsilon", "delta")
+    )
+    r = reach(epsilon, delta, np.abs(c), np.sqrt(np.maximum(1 - c**2, 0)))
+    margins = [mean * c + y * b for y in (-1, 1)]
+    clean, robust = (
+        np.mean([scipy.special.ndtr(loss - m) for m in margins], axis=0) for loss in (0.0, r)
+    )
+    return np.stack([clean, robust - clean, robust], axis=-1)
+
+
+def no_sine(epsilon: Array, delta: Array, c: Array, s: Array) -> Any:
+    """L2's reach without its sin θ, a wrong formula."""
+    return np.where(epsilon * c <= delta, epsilon, delta * c + np.sqrt(epsilon**2 - delta**2))
+
+
+def mixed_margins(problem: Problem, n: int, rng: np.random.Generator) -> Array:
+    """Margins of n points that are no Gaussians: x − μ_y is doubled or not, at random."""
+    margins = draw_margins(problem, n, rng, lambda share: None)
+    mean, spread = problem.margin_law()
+    nearest = np.abs(margins[:, None] - mean) / spread
+    centre = mean[nearest.argmin(1)]
+    return centre + rng.choice([1.0, 2.0], n) * (margins - centre)

@@ -396,3 +396,15 @@ def of(context: Context, n: int | None = None, steps: int | None = None) -> Trai
     usual = context.pick((8, 6), (32, 40), (40, 80))
     n, steps = (given or default for given, default in zip((n, steps), usual, strict=True))
     return _trainings(context.size, context.seed, n, steps, jnp.zeros(()).dtype)
+
+
+def gap_norms(dense: Trajectory, sparse: Trajectory) -> np.ndarray:
+    """‖D_k‖, [T + 1]."""
+    outputs = (np.asarray(network.outputs, np.float64) for network in (dense, sparse))
+    return np.sqrt(np.sum(np.subtract(*outputs) ** 2, axis=(1, 2)))
+
+
+def matrix(kernel: np.ndarray) -> np.ndarray:
+    """[m, n, c, c] as [m·c, n·c]."""
+    m, n, c, _ = kernel.shape
+    return kernel.transpose(0, 2, 1, 3).reshape(m * c, n * c)

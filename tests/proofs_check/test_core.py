@@ -2,10 +2,13 @@
 
 import doctest
 import importlib
+import inspect
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,17 +90,23 @@ def test_slope_covers_the_truth():
 
 
 def test_controls():
-    assert core.rejects("broken", core.below("b", 2.0, 1.0)).rejected
-    assert not core.rejects("sound", core.below("b", 1.0, 2.0)).rejected
-    assert core.refuses("refused", lambda: check_count("n", 0, low=1)).rejected
-    assert not core.refuses("accepted", lambda: check_count("n", 1, low=1)).rejected
+    def rejected(broken: core.Case | Callable[[], Any]) -> bool:
+        return core.control("wrong", broken, core.FORMULA).rejected
+
+    assert rejected(core.below("b", 2.0, 1.0))
+    assert not rejected(core.below("b", 1.0, 2.0))
+    assert not rejected(core.below("b", np.nan, 1.0))  # no number, so nothing is shown
+    assert rejected(lambda: check_count("n", 0, low=1))
+    assert not rejected(lambda: check_count("n", 1, low=1))
 
 
 # ---------------------------------------------------------------- running
 
 GOOD = core.below("half", 1.0, 2.0)
 BAD = core.below("twice", 2.0, 1.0)
-REJECTED, ACCEPTED = core.rejects("wrong", BAD), core.rejects("right", GOOD)
+REJECTED, ACCEPTED = (
+    core.control(name, case, core.FORMULA) for name, case in (("wrong", BAD), ("right", GOOD))
+)
 
 
 def proof(outcome: Outcome, number: str = "D1", *hypotheses: str) -> verification.Proof:
@@ -146,7 +155,7 @@ def test_a_statement_needs_cases_that_hold_and_controls_that_fail(fake, cases, c
 
 def test_every_hypothesis_needs_a_control_that_breaks_it(monkeypatch):
     def judged(*breaks: str) -> verification.Result:
-        controls = [core.rejects("wrong", BAD, name) for name in breaks]
+        controls = [core.control("wrong", BAD, name) for name in breaks]
         found = proof(Outcome([GOOD], controls), "D1", "convex", "bounded")
         monkeypatch.setattr(verification, "load", {"D1": found}.__getitem__)
         return verification.verify(["D1"])[0]
@@ -288,3 +297,11 @@ def test_every_statement_says_what_it_is(number):
 @pytest.mark.parametrize("module", FILES)
 def test_docstring_examples(module: str):
     assert doctest.testmod(importlib.import_module(f"proofs_check.{module}")).failed == 0
+
+
+@pytest.mark.parametrize("number", verification.MODULES)
+def test_no_statement_imports_another(number):
+    module = importlib.import_module(f"proofs_check.{verification.MODULES[number]}")
+    source = inspect.getsource(module)
+    imported = re.findall(r"from proofs_check(?:\.([\w.]+))? import", source)
+    assert {name.split(".")[0] for name in imported} <= {"core", "instances"}

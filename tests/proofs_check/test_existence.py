@@ -17,6 +17,7 @@ from proofs_check import e2_depth as e2
 from proofs_check import e3_gain as e3
 from proofs_check import e4_magnitude as e4
 from proofs_check import e5_width as e5
+from proofs_check.instances import masked, two_layer
 from tests.proofs import check, why
 
 
@@ -65,8 +66,10 @@ def test_e2_sees_a_mixture_with_too_many_weights(monkeypatch: pytest.MonkeyPatch
         return right(config, shape, density=1.5 * density, **options)
 
     monkeypatch.setattr(e2.analytic, "mixture", wrong)
-    cases, _ = e2._mixtures(e2.Context("reduced"), np.random.default_rng(0).normal(size=(5, 6)))
-    assert not any(case.holds for case in cases)
+    record = e2.Recorder(e2.STATEMENT)
+    x = np.random.default_rng(0).normal(size=(5, 6))
+    e2._mixtures(record, e2.Context("reduced"), x)
+    assert not any(case.holds for case in record.outcome().cases)
 
 
 def test_e3_sees_a_gain_that_is_missing(monkeypatch: pytest.MonkeyPatch):
@@ -85,9 +88,9 @@ def test_e4_sees_a_magnitude_mask_that_is_none(monkeypatch: pytest.MonkeyPatch):
     """Weights drawn with the random mask of the same density and its gain."""
     right = e4.drawn_kernels
 
-    def wrong(shapes: Any, x: Any, drawn: e2.Masks, keys: Any) -> np.ndarray:
+    def wrong(shapes: Any, x: Any, drawn: masked.Masks, keys: Any) -> np.ndarray:
         density = np.where(drawn.cut > 0, 0.3, drawn.density)
-        return right(shapes, x, e2.random_masks(density), keys)
+        return right(shapes, x, masked.random_masks(density), keys)
 
     monkeypatch.setattr(e4, "drawn_kernels", wrong)
     assert "magnitude mask" in failing("E4")
@@ -115,12 +118,12 @@ def test_e5_sees_a_ticket_that_was_not_optimised(monkeypatch: pytest.MonkeyPatch
 
 def test_limits_of_e1_by_quadrature():
     """The closed forms of erf and sin against Gauss–Hermite."""
-    x = e1.inputs(np.random.default_rng(0), 3, 5, 1.0)
+    x = two_layer.inputs(np.random.default_rng(0), 3, 5, 1.0)
     c = x @ x.T / 5
     a = np.diag(c)
     for name in ("erf", "sin"):
-        act = e1.ACTIVATIONS[name]
-        by_nodes = e1._quadrature(act.value, act.slope)(a[:, None], a[None, :], c)
+        act = two_layer.ACTIVATIONS[name]
+        by_nodes = two_layer._quadrature(act.value, act.slope)(a[:, None], a[None, :], c)
         np.testing.assert_allclose(act.expectations(a[:, None], a[None, :], c), by_nodes, rtol=1e-9)
 
 
@@ -151,24 +154,25 @@ def test_gaps_of_e5_by_small_steps():
 
 def test_drawn_kernels_are_masked():
     """A mask that keeps nothing leaves the last bias alone: Θ = σ_b²."""
-    network = e2.mlp(64, 2, 6, "erf")
-    masked = e2.Masks(np.array([1.0, 0.0]), np.array([-1.0, -1.0]), np.ones(2))
+    network = masked.mlp(64, 2, 6, "erf")
+    drawn = masked.Masks(np.array([1.0, 0.0]), np.array([-1.0, -1.0]), np.ones(2))
     with jax.enable_x64(True):  # as in the check, which has compiled it
         keys = jax.random.split(jax.random.key(0), 64)
-        found = e2.drawn_kernels(network, np.ones((e2.POINTS, 6)), masked, keys)
-    assert found.shape == (64, e2.OUTPUTS, e2.POINTS, e2.POINTS)
-    np.testing.assert_allclose(found, e2.BIAS_STD**2, rtol=1e-6)
+        found = masked.drawn_kernels(network, np.ones((e2.POINTS, 6)), drawn, keys)
+    assert found.shape == (64, masked.OUTPUTS, e2.POINTS, e2.POINTS)
+    np.testing.assert_allclose(found, masked.BIAS_STD**2, rtol=1e-6)
 
 
 def test_e5_network_is_that_of_e1():
     """The package's network with a mask of units gives the kernel of the formula."""
-    setting = e5.Setting("", e1.inputs(np.random.default_rng(0), 3, 4, 1.0), np.ones(3), 0.1, 1.0)
+    x = two_layer.inputs(np.random.default_rng(0), 3, 4, 1.0)
+    setting = e5.Setting("", x, np.ones(3), 0.1, 1.0)
     with jax.enable_x64(True):
         params, mask = e5._start(setting, np.random.default_rng(1), 40)
         gain = {"w": jnp.ones(()), "a": jnp.asarray(setting.density**-0.5)}
         frozen = e5._frozen(masks.Ticket(params, mask, gain), jnp.asarray(setting.x))
         found = np.asarray(frozen.kernel)[..., 0, 0]
     units = np.asarray(mask["a"])[:, 0] / np.sqrt(setting.density)
-    drawn = e1.Setting("sin", "units", setting.density, setting.x)
-    expected = e1.kernel_terms(drawn, np.asarray(params["w"]).T, units, None) / 40
+    drawn = two_layer.Setting("sin", "units", setting.density, setting.x)
+    expected = two_layer.kernel_terms(drawn, np.asarray(params["w"]).T, units, None) / 40
     np.testing.assert_allclose(found, expected, rtol=1e-10)

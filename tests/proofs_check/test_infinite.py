@@ -30,9 +30,10 @@ def same_networks(monkeypatch: pytest.MonkeyPatch):
     finite = d4.finite
 
     def kept(setting: d4.Setting, p: d4.Problem, width: int, *rest: Any) -> np.ndarray:
-        if width not in _drawn:
-            _drawn[width] = finite(setting, p, width, *rest)
-        return _drawn[width]
+        name = (width, id(rest[-1]) if isinstance(rest[-1], d4.Broken) else None)
+        if name not in _drawn:
+            _drawn[name] = finite(setting, p, width, *rest)
+        return _drawn[name]
 
     monkeypatch.setattr(d4, "finite", kept)
 

@@ -151,8 +151,9 @@ def swapped(self: Any, z: Any, x: Any) -> Any:
 def test_wrong_projection_is_found(wrong: Callable[..., Any], monkeypatch):
     monkeypatch.setattr(StrongL2, "project", wrong)
     monkeypatch.setattr(l6_networks, "_library", jax.jit(lambda t, z, x: t.project(z, x)))
-    cases = l6_networks._projection(Context("reduced")).cases
-    assert not all(case.holds for case in cases)
+    record = l6_networks.Recorder(l6_networks.STATEMENT)
+    l6_networks._projection(record, Context("reduced"))
+    assert not all(case.holds for case in record.outcome().cases)
 
 
 def test_gain_needs_an_interval_above_zero():

@@ -561,11 +561,13 @@ def _() -> Outcome:
 
 @situation("theory: a control of NaN has not been rejected")
 def _() -> Outcome:
-    return same(core.rejects("lost", core.below("lost", np.nan, 1.0)).rejected, False)
+    return same(core.control("lost", core.below("lost", np.nan, 1.0), core.FORMULA).rejected, False)
 
 
 @situation("theory: a case with a margin of NaN does not hold")
 def _() -> Outcome:
     case = core.Case("lost", True, np.nan, None, "nothing")
-    outcome = core.Outcome([case], [core.Control("wrong", True, "seen")])
-    return same(verification.Result(verification.load("L1").statement, outcome, 0.0).holds, False)
+    statement = verification.load("L1").statement
+    controls = [core.Control("wrong", True, "seen", name) for name in statement.hypotheses]
+    outcome = core.Outcome([case], controls)
+    return same(verification.Result(statement, outcome, 0.0).holds, False)
