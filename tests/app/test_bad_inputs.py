@@ -26,6 +26,7 @@ from ntk_awt import files
 from ntk_awt.app import plots
 from ntk_awt.app.cli import commands as cli
 from ntk_awt.app.cli import progress
+from ntk_awt.app.plots import style
 from ntk_awt.app.report import page as report
 from tests.app.run.test_stages import CONFIG, run
 
@@ -801,7 +802,7 @@ def test_a_full_disk_at_five_moments_changes_no_number(finished, tmp_path, monke
 
         with monkeypatch.context() as patched:
             patched.setattr(files, "replace", full)
-            patched.setattr(plots, "replace", full)
+            patched.setattr(style, "replace", full)
             for module in (cli, progress):
                 patched.setattr(module, "console", Console(file=io.StringIO()))
             assert cli.main(arguments) == 2

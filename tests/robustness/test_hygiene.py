@@ -211,7 +211,7 @@ def test_a_gradient_that_is_zero_by_its_formula_is_no_fault():
     """Where the label's logit is third of three, the ratio of logits is 1 whatever the image."""
     third = (X @ W).argmin(1)
     network = subject()._replace(y=np.where(np.arange(N) < 30, third, Y))
-    flat = (np.asarray(hygiene._gradients(apply, W, X, network.y, dlr)) == 0).all(1)
+    flat = (np.asarray(hygiene._gradients(Network(apply, W), X, network.y, dlr)) == 0).all(1)
     assert flat[:30].sum() > 10  # of the others, the division leaves a rounding
     assert not flat[30:].any()
     assert zero_gradients(network, dlr).value == 0

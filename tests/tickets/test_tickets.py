@@ -125,7 +125,7 @@ def total(net, ticket, target, config):
 def independent_objective(net, ticket, x, config):
     """J in float64 from per-gradient loop kernels and plain sums."""
     mask, gain = ticket.mask, ticket.gain
-    own = net._replace(params=ticket.params)
+    own = net.replace(params=ticket.params)
     dense = reference(net, x, x)
     sparse = reference(own, x, x, mask, gain, config.jacobian)
     with jax.enable_x64(True):
@@ -242,7 +242,7 @@ def test_halves_are_the_kernel_of_two_sets(net, first, problem):
     target = on_five(net, problem, config)
     assert target.kernel is not None
     assert target.kernel.shape == (2, 2, 3, 3)
-    own = net._replace(params=first.params)
+    own = net.replace(params=first.params)
     halves = target.x[:2], target.x[2:4]
     difference = reference(net, *halves) - reference(own, *halves, first.mask, first.gain, "masked")
     expected = (difference**2).sum() / 4
@@ -876,7 +876,7 @@ def test_chunks_share_one_compilation(net, first, problem, held_out):
 
     def run(config, problem):
         start = begin(net, config, first, apply=counted)
-        run_search(net._replace(apply=counted), problem, held_out, start, config)
+        run_search(net.replace(apply=counted), problem, held_out, start, config)
 
     few = change(ticket_steps=4, ticket_records=1)
     run(few, problem)
